@@ -1,0 +1,104 @@
+# `make demo` and `make test` do all their own set-up, in a virtual environment (.venv, made once).
+#   VENV=path            use this environment instead; packages in it are kept as they are where they satisfy pyproject.toml
+#   PIP_CONSTRAINT=file  versions to install; by default .ci/constraints.txt for a .venv on a machine without a GPU
+#   PYTHON=python3       the Python that makes the environment; for gpu-*, the one that runs
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench verify audit clean
+
+# Compiled bytecode halves the time to import torch.
+unexport PYTHONDONTWRITEBYTECODE
+
+PYTHON ?= python3
+ifndef VENV
+VENV := .venv
+ifeq ($(wildcard /dev/nvidia0),)
+export PIP_CONSTRAINT ?= $(abspath .ci/constraints.txt)
+endif
+endif
+BIN := $(VENV)/bin
+DEV := $(VENV)/.mmfast-dev
+DEMO := $(VENV)/.mmfast-demo
+WORKERS ?= 2
+
+help:  ## list the commands
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO): pyproject.toml setup.py | $(BIN)/python
+	@echo "installing mmfast and what the demo needs into $(VENV) ..."
+	$(BIN)/python -m pip install -qq --no-compile -e '.[demo]'
+	@touch $@
+
+$(DEV): pyproject.toml setup.py | $(BIN)/python
+	@echo "installing mmfast, its peers and test tools into $(VENV) ..."
+	$(BIN)/python -m pip install -qq --no-compile -e '.[dev]'
+	@touch $@ $(DEMO)
+
+demo: $(DEMO)  ## train a small ViT on real images, then accelerate another library's ViT
+	$(BIN)/python -m mmfast.cli demo vit --output demo-output
+
+test: $(DEV)  ## run the tests: PyTorch paths and parity, then the Triton kernels in their interpreter
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu and not triton and not timing' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'triton and not gpu' $(PYTEST_ARGS)
+
+lint: $(DEV)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# A type checker cannot see that kernels/ is mmfast.kernels: it checks an installed copy.
+	rm -rf build $(VENV)/typecheck
+	$(BIN)/python -m pip install -qq --no-compile --no-deps --target $(VENV)/typecheck .
+	rm -rf build
+	$(BIN)/mypy --config-file pyproject.toml $(VENV)/typecheck/mmfast
+
+format: $(DEV)  ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV)  ## run the benchmarks on this machine, small shapes on a CPU
+	$(BIN)/mmfast bench
+
+verify: $(DEV)  ## grade every kernel against its float64 reference
+	$(BIN)/mmfast verify
+
+audit: $(DEV)  ## compile every kernel for sm_80, sm_90 and sm_100: registers, spills, vector loads
+	$(BIN)/mmfast audit
+
+# GPU commands. They use the Python that is there, with its torch and Triton, and no network: each under 10 minutes.
+# PYTHON=python3          the Python that has torch for the GPU
+# RESULTS=folder          where gpu-bench puts its CSV, besides OUT if that variable is set
+# GPU_WORKERS=4           processes that share the GPU in gpu-check (with pytest-xdist)
+GPU_WORKERS ?= 4
+RESULTS ?= benchmarks/results
+
+.PHONY: gpu-check gpu-bench gpu-ready
+
+gpu-ready:
+	@$(PYTHON) -c 'import sys; sys.exit(None if __import__("importlib.util").util.find_spec("torch") else \
+	  "gpu: $(PYTHON) has no torch; name one that has: make PYTHON=... (nothing was run)")'
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	  f"gpu: torch {torch.__version__} finds no GPU (nothing was run)")'
+	@$(PYTHON) -c 'import mmfast, mmfast.benchmarks, os, sys; \
+	  sys.exit(os.path.realpath(os.path.dirname(mmfast.__file__)) != os.path.realpath("mmfast"))' 2>/dev/null || { \
+	  echo "gpu: installing mmfast from this folder, without network"; \
+	  $(PYTHON) -m pip install --no-index --no-deps --no-build-isolation -q -e .; }
+	@$(PYTHON) -c 'import torch; print("gpu:", torch.cuda.get_device_name(), "torch", torch.__version__)'
+
+gpu-check: gpu-ready  ## on a GPU: the tests marked gpu or triton, then every op against float64
+	$(PYTHON) -m pytest --device cuda -m 'gpu or triton' \
+	  $$($(PYTHON) -c 'import importlib.util as u; print("-n $(GPU_WORKERS)" if u.find_spec("xdist") else "")') $(PYTEST_ARGS)
+	$(PYTHON) -m mmfast.cli verify --device cuda
+	@echo "gpu-check: tests and verify passed"
+
+gpu-bench: gpu-ready  ## on a GPU: time every op and model beside its peers, append to $(RESULTS)
+	$(PYTHON) -m mmfast.cli bench --device cuda --results $(RESULTS) $(BENCH_ARGS)
+	@if [ -n "$${OUT:-}" ]; then cp $(RESULTS)/*.csv "$$OUT"/; echo "gpu-bench: copied $(RESULTS)/*.csv to $$OUT"; fi
+	@echo "gpu-bench: results are in $(RESULTS)"
+
+clean:  ## remove what the commands above made
+	rm -rf .venv build dist *.egg-info demo-output .benchmarks .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Benchmarks, one file an op or model."""

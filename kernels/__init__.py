@@ -1,0 +1,16 @@
+"""Triton kernels and their launchers, one file an op, installed as `mmfast.kernels`.
+
+Tensors in, tensors out: nothing here knows autograd, modules or which backend to choose. Importing this package
+imports Triton; `mmfast` does so on the first call that a kernel serves.
+"""
+
+from triton.runtime.jit import JITFunction
+
+from . import add_layer_norm, layer_norm
+
+NAMES = ("layer_norm", "add_layer_norm")
+
+INTERPRETED = not isinstance(layer_norm.layer_norm_forward_kernel, JITFunction)
+"""Whether the kernels were imported under TRITON_INTERPRET=1 and run on CPU tensors."""
+
+__all__ = ["INTERPRETED", "NAMES", "add_layer_norm", "layer_norm"]

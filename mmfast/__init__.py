@@ -1,0 +1,68 @@
+"""mmfast: fused kernels for vision-language and diffusion models in PyTorch.
+
+`import mmfast` is light: submodules load on first use, and nothing here touches a GPU driver, a
+compiler or Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import convert, models, nn, ops, reference
+    from .accelerate import Report, accelerate, accelerated, report, restore
+    from .backends import BackendError, Choice, Explanation, backend, explain
+
+# Public name -> the module that holds it.
+_LAZY = {
+    "BackendError": "backends",
+    "Choice": "backends",
+    "Explanation": "backends",
+    "backend": "backends",
+    "explain": "backends",
+    "Report": "accelerate",
+    "accelerate": "accelerate",
+    "accelerated": "accelerate",
+    "report": "accelerate",
+    "restore": "accelerate",
+}
+_SUBMODULES = ("convert", "models", "nn", "ops", "reference")
+
+__all__ = [
+    "BackendError",
+    "Choice",
+    "Explanation",
+    "Report",
+    "__version__",
+    "accelerate",
+    "accelerated",
+    "backend",
+    "convert",
+    "explain",
+    "models",
+    "nn",
+    "ops",
+    "reference",
+    "report",
+    "restore",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _LAZY:
+        value: Any = importlib.import_module(f".{_LAZY[name]}", __name__)
+        # `accelerate` is a function and a module of that name; the module can be called like the function.
+        if name != "accelerate":
+            value = getattr(value, name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,226 @@
+"""Which implementation of an op runs, and why.
+
+Every op asks `choose(op, facts)` once per call. The answer comes from a small table of rules that look
+at the facts (device, dtype, width), never from trying a kernel and catching its failure. A rule answers
+None where its backend serves, or the reason why it does not; the first backend that serves is taken, and
+`torch`, PyTorch's own op, always serves.
+
+The forced backend is one setting of the process, like `torch.backends`: a backward pass runs on threads of
+autograd's own, which must see it too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["BackendError", "Choice", "Explanation", "Facts", "backend", "choose", "explain"]
+
+BACKENDS = ("cuda", "triton", "torch")
+"""In order of preference."""
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot serve a call; the message says why."""
+
+
+class Facts(NamedTuple):
+    """What a rule may look at."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int  # size of the dimension that one program of the kernel has to hold
+
+
+class Choice(NamedTuple):
+    """One decision: `backend` serves `op`, and `reason` says why it and not one before it."""
+
+    op: str
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.backend} ({self.reason})"
+
+
+class Explanation(tuple[Choice, ...]):
+    """The choices made during one call, in the order in which the ops ran. Prints one a line."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n".join(str(choice) for choice in self) or "no mmfast op ran"
+
+
+def _find_triton() -> str | None:
+    """Return why Triton cannot be used at all, or None. Does not import it."""
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # hidden: sys.modules["triton"] is None, or a broken install
+        found = False
+    return None if found else "triton is not installed"
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+TRITON_MISSING = _find_triton()
+_forced: str | None = _checked(os.environ.get("MMFAST_BACKEND", "").strip().lower() or None)
+_record: list[Choice] | None = None
+_capability: dict[torch.device, tuple[int, int]] = {}
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors.
+
+    Triton reads the variable when a kernel is imported, so afterwards the kernels' own state decides.
+    """
+    kernels = sys.modules.get("mmfast.kernels")
+    if kernels is not None:
+        return bool(kernels.INTERPRETED)
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_floats(facts: Facts) -> str | None:
+    """Triton kernels of float32, float16 and bfloat16 tensors."""
+    if TRITON_MISSING:
+        return TRITON_MISSING
+    if facts.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{_name(facts.dtype)} has no kernel"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "inside a torch.func transform or forward-mode AD"
+    if facts.device.type == "cpu":
+        # The interpreter is thousands of times slower than PyTorch: it serves only who asks for it.
+        if not interpreting():
+            return "CPU tensor: Triton needs a GPU"
+        if facts.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly"
+        return None if _forced == "triton" else "CPU tensor: the interpreter serves only if forced"
+    if facts.device.type != "cuda":
+        return f"no kernel for device {facts.device.type}"
+    if torch.version.hip is not None:
+        return None if _forced == "triton" else "not tested on ROCm"
+    if _device_capability(facts.device) < (8, 0):
+        return "needs compute capability 8.0"
+    return None
+
+
+def _triton_one_row(facts: Facts) -> str | None:
+    """As `_triton_floats`, for kernels that hold a whole row in registers."""
+    if facts.width > 8192:
+        return f"width {facts.width} is above 8192, the widest row a program holds"
+    return _triton_floats(facts)
+
+
+Rule = Callable[[Facts], str | None]
+
+TABLE: dict[str, tuple[tuple[str, Rule], ...]] = {
+    "layer_norm": (("triton", _triton_floats),),
+    "add_layer_norm": (("triton", _triton_one_row),),
+}
+"""Op -> its backends but `torch`, in order of preference, each with the rule that says why not."""
+
+
+def choose(op: str, facts: Facts) -> str:
+    """Return the backend that serves `op` for tensors with these facts, and record it for `explain`.
+
+    Raises BackendError if a backend is forced (`mmfast.backend`, MMFAST_BACKEND) and cannot serve.
+    """
+    if _record is None:
+        return pick(op, facts)
+    choice = _decide(op, facts)
+    _record.append(choice)
+    return choice.backend
+
+
+def torch_serves(x: object) -> bool:
+    """Whether PyTorch's own ops serve x whatever the op: a CPU tensor, no force, and nobody asking why.
+
+    `choose` would say the same; this says it in a tenth of the time, so that a tiny model on a CPU loses none.
+    """
+    return type(x) is torch.Tensor and x.is_cpu and _forced is None and _record is None
+
+
+def pick(op: str, facts: Facts) -> str:
+    """`choose` without a record: for the inside of an op whose caller has chosen already."""
+    if _forced == "torch":
+        return "torch"
+    if _forced is None:
+        for name, why_not in TABLE[op]:
+            if why_not(facts) is None:
+                return name
+        return "torch"
+    return _decide(op, facts).backend
+
+
+def _decide(op: str, facts: Facts) -> Choice:
+    refused: list[str] = []
+    for name, why_not in TABLE[op]:
+        if _forced in (None, name):
+            reason = why_not(facts)
+            if reason is None:
+                refused = [f"{name} is forced"] if _forced else refused or ["first choice"]
+                return Choice(op, name, "; ".join(refused))
+            refused.append(f"{name}: {reason}")
+    if _forced in (None, "torch"):
+        return Choice(op, "torch", "; ".join(refused) or "torch is forced")
+    raise BackendError(
+        f"{op}: backend {_forced!r} is forced and cannot serve: "
+        f"{'; '.join(refused) or 'there is no such implementation'}"
+    )
+
+
+def _device_capability(device: torch.device) -> tuple[int, int]:
+    if device not in _capability:
+        properties = torch.cuda.get_device_properties(device)
+        _capability[device] = (properties.major, properties.minor)
+    return _capability[device]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force one backend (`"cuda"`, `"triton"`, `"torch"`) for the calls inside; None lifts a force.
+
+    An op that the backend cannot serve raises BackendError rather than falling back. The setting holds
+    for the whole process. MMFAST_BACKEND sets it from the environment.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced() -> str | None:
+    """The backend that is forced at present, or None."""
+    return _forced
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Call `fn(*args, **kwargs)` and return which backend each mmfast op in it took, and why.
+
+    `fn` is an op, a module, a model or any function. Its result is dropped. Inside a compiled function
+    the choices were made when it was compiled; call the uncompiled one.
+    """
+    global _record
+    before, _record = _record, []
+    try:
+        fn(*args, **kwargs)
+        return Explanation(_record)
+    finally:
+        _record = before

@@ -1,0 +1,68 @@
+"""Real images for the demos: scikit-learn's digits, and Fashion-MNIST where its files are."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FASHION_NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+# Where Debian's package dataset-fashion-mnist puts its files.
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Images(NamedTuple):
+    """Grey images (N, 1, H, W) with mean 0 and standard deviation 1 over the training set, and their labels (N,)."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    names: tuple[str, ...]
+
+
+def load(name: str, folder: Path | None) -> Images:
+    """Load "digits" or "fashion-mnist" (from `folder`, gzipped or not, or the Debian package's).
+
+    Raises ValueError if the files are not there.
+    """
+    return _digits() if name == "digits" else _fashion_mnist(folder or FASHION_FOLDER)
+
+
+def _digits() -> Images:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    test, train = order[:360], order[360:]
+    return _normalised(images[train], labels[train], images[test], labels[test], tuple("0123456789"))
+
+
+def _fashion_mnist(folder: Path) -> Images:
+    train = _idx(folder, "train-images-idx3-ubyte").unsqueeze(1).float()
+    test = _idx(folder, "t10k-images-idx3-ubyte").unsqueeze(1).float()
+    labels = [_idx(folder, f"{part}-labels-idx1-ubyte").long() for part in ("train", "t10k")]
+    return _normalised(train, labels[0], test, labels[1], FASHION_NAMES)
+
+
+def _idx(folder: Path, stem: str) -> Tensor:
+    """Read a file in MNIST's IDX format: a magic number with the rank, the sizes, then bytes."""
+    for path in (folder / f"{stem}.gz", folder / stem):
+        if path.is_file():
+            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            rank = data[3]
+            sizes = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
+            return torch.frombuffer(bytearray(data[4 + 4 * rank :]), dtype=torch.uint8).view(sizes)
+    raise ValueError(f"{stem} is not in {folder}: install Debian's package dataset-fashion-mnist, or give --data-dir")
+
+
+def _normalised(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, names: tuple[str, ...]
+) -> Images:
+    mean, std = train.mean(), train.std()
+    return Images((train - mean) / std, train_labels, (test - mean) / std, test_labels, names)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import mmfast
+from mmfast import backends, ops
+from mmfast.backends import Facts
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts of CUDA tensors can be asked about on any machine."""
+    monkeypatch.setitem(backends._capability, CUDA, (9, 0))
+    monkeypatch.setattr(backends, "TRITON_MISSING", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+
+
+def reason(op: str, facts: Facts) -> tuple[str, str]:
+    choice = backends._decide(op, facts)
+    return choice.backend, choice.reason
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_the_choice_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert reason(op, Facts(CUDA, dtype, 768)) == ("triton", "first choice")
+    assert reason(op, Facts(CUDA, torch.float64, 768)) == ("torch", "triton: float64 has no kernel")
+    monkeypatch.setitem(backends._capability, CUDA, (7, 5))
+    assert reason(op, Facts(CUDA, torch.float16, 768)) == ("torch", "triton: needs compute capability 8.0")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert reason(op, Facts(CUDA, torch.float16, 768)) == ("torch", "triton: not tested on ROCm")
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
+def test_the_choice_for_wide_rows() -> None:
+    assert reason("layer_norm", Facts(CUDA, torch.float32, 40000))[0] == "triton"
+    name, why = reason("add_layer_norm", Facts(CUDA, torch.float32, 8193))
+    assert (name, why) == ("torch", "triton: width 8193 is above 8192, the widest row a program holds")
+
+
+def test_other_devices() -> None:
+    facts = Facts(torch.device("mps"), torch.float32, 8)
+    assert reason("layer_norm", facts) == ("torch", "triton: no kernel for device mps")
+
+
+def test_explain_lists_every_choice_in_order() -> None:
+    x = torch.randn(2, 8)
+
+    def two(x: torch.Tensor) -> torch.Tensor:
+        return ops.add_layer_norm(ops.layer_norm(x), x)[0]
+
+    with mmfast.backend("torch"):
+        found = mmfast.explain(two, x)
+    assert [tuple(choice) for choice in found] == [
+        ("layer_norm", "torch", "torch is forced"),
+        ("add_layer_norm", "torch", "torch is forced"),
+        ("layer_norm", "torch", "torch is forced"),
+    ]
+    assert str(found).splitlines()[0] == "layer_norm: torch (torch is forced)"
+    assert str(mmfast.explain(torch.sin, x)) == "no mmfast op ran"
+
+
+def test_explain_nests_and_ends_on_an_exception() -> None:
+    inner: list[mmfast.Explanation] = []
+    x = torch.randn(2, 8)
+
+    def fails() -> None:
+        inner.append(mmfast.explain(ops.layer_norm, x))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        mmfast.explain(fails)
+    assert len(inner[0]) == 1
+    assert backends._record is None
+
+
+def test_forced_backend_is_scoped_and_seen_by_other_threads() -> None:
+    before = backends.forced()
+    seen: list[str | None] = []
+
+    def body() -> None:
+        with mmfast.backend("torch"):
+            thread = threading.Thread(target=lambda: seen.append(backends.forced()))
+            thread.start()
+            thread.join()
+            with mmfast.backend(None):
+                seen.append(backends.forced())
+            seen.append(backends.forced())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        body()
+    assert seen == ["torch", None, "torch"]
+    assert backends.forced() == before
+
+
+def test_a_forced_backend_raises_rather_than_falls_back() -> None:
+    x = torch.randn(2, 8, dtype=torch.float64)
+    with mmfast.backend("triton"), pytest.raises(mmfast.BackendError, match="triton: float64 has no kernel"):
+        ops.layer_norm(x)
+    with mmfast.backend("cuda"), pytest.raises(mmfast.BackendError, match="there is no such implementation"):
+        ops.layer_norm(x)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="expected one of cuda, triton, torch, got 'cudnn'"), mmfast.backend("cudnn"):
+        pass
+
+
+def test_a_compiled_function_follows_a_changed_force() -> None:
+    """The force is guarded: a function compiled under one is compiled anew under another."""
+    compiled = torch.compile(ops.layer_norm, fullgraph=True, backend="eager")
+    x = torch.randn(2, 8)
+    with mmfast.backend("torch"):
+        compiled(x)
+    with mmfast.backend("cuda"), pytest.raises(Exception, match="there is no such implementation"):
+        compiled(x)
+
+
+@pytest.mark.triton
+def test_the_interpreter_serves_only_who_asks(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("about CPU tensors")
+    x = torch.randn(2, 8)
+    assert mmfast.explain(ops.layer_norm, x)[0].reason == ("triton: CPU tensor: the interpreter serves only if forced")
+    with mmfast.backend("triton"):
+        assert mmfast.explain(ops.layer_norm, x)[0][1:] == ("triton", "triton is forced")
+        with pytest.raises(mmfast.BackendError, match="interpreter computes bfloat16 wrongly"):
+            ops.layer_norm(x.bfloat16())
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_triton_by_default(device: torch.device) -> None:
+    x = torch.randn(2, 8, device=device, dtype=torch.bfloat16)
+    assert mmfast.explain(ops.layer_norm, x)[0][1:] == ("triton", "first choice")
