@@ -11,13 +11,9 @@ import torch
 
 from mmfast.benchmarks import _harness, _results
 from mmfast.benchmarks._harness import Options, Record, Spec
+from mmfast.commands._torchvision import declare_torchvision_ops
 
-# torchvision's wheel is built for CUDA: beside a CPU build of torch its custom ops do not load, and timm fails to
-# import. Declaring the ops is enough, since nothing here calls them.
-if not torch.version.cuda and not hasattr(torch.ops.torchvision, "nms"):
-    _TORCHVISION = torch.library.Library("torchvision", "DEF")
-    for _op in ("nms", "qnms"):
-        _TORCHVISION.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+declare_torchvision_ops()
 
 OPTIONS = pytest.StashKey[Options]()
 RECORDS = pytest.StashKey[dict[Spec, Record]]()

@@ -48,9 +48,14 @@ def forward_config(width: int) -> RowConfig:
 
 
 def backward_config(width: int) -> RowConfig:
-    """8 elements a thread: of each there are up to four tiles and three partial sums in registers."""
+    """8 elements a thread: of each there are up to four tiles and three partial sums in registers.
+
+    4 where the width is odd, since each element then has an address of its own; 16 of the widest rows, of which there
+    are fewer tiles (`SCALE_WIDTH`).
+    """
     block_c = triton.next_power_of_2(width)
-    return RowConfig(max(1, 2048 // block_c), block_c, min(32, max(8, block_c // 256)))
+    tile = 1024 if width % 4 else 2048
+    return RowConfig(max(1, tile // block_c), block_c, min(16, max(8, block_c // 256)))
 
 
 @triton.jit
@@ -298,8 +303,9 @@ def add_layer_norm_backward(
         None if dtype is None else torch.empty(s.shape, dtype=dtype, device=device)
         for dtype in (dx_dtype, dresidual_dtype)
     ]
+    make = torch.empty if s.numel() else torch.zeros
     vectors = [
-        None if dtype is None else torch.zeros(width, dtype=dtype, device=device)
+        None if dtype is None else make(width, dtype=dtype, device=device)
         for dtype in (dweight_dtype, dbias_dtype, dgamma_dtype)
     ]
     if s.numel() == 0:

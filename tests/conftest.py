@@ -8,14 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mmfast.commands import _grading
+from mmfast.commands._torchvision import declare_torchvision_ops
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-# torchvision's wheel is built for CUDA: beside a CPU build of torch its custom ops do not load, and timm, torchvision
-# and open_clip fail to import. Declaring the ops is enough, since no test calls them.
-if not torch.version.cuda and not hasattr(torch.ops.torchvision, "nms"):
-    _TORCHVISION = torch.library.Library("torchvision", "DEF")
-    for _op in ("nms", "qnms"):
-        _TORCHVISION.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+declare_torchvision_ops()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,15 +52,7 @@ def _reproducible() -> Iterator[None]:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned() -> Iterator[None]:
     """Fill every fresh `torch.empty` with NaN, so that an element that a kernel leaves unwritten shows."""
-
-    def poison(fn):  # type: ignore[no-untyped-def]
-        def filled(*args, **kwargs):  # type: ignore[no-untyped-def]
-            out = fn(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        return filled
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    with _grading.poisoned():
+        yield

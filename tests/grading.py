@@ -1,4 +1,4 @@
-"""How an op is graded: against its float64 reference, beside PyTorch's own op in the same dtype."""
+"""How a test grades an op: as `mmfast verify` does, against the float64 reference and beside PyTorch's own op."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import mmfast
+from mmfast.commands import _grading
+from mmfast.reference._case import Case
 
-# Below these, errors are rounding of a single value, where a ratio means nothing.
-ATOL = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3, torch.float64: 1e-12}
-
+ATOL = _grading.ATOL
 BACKENDS = ("torch", pytest.param("triton", marks=pytest.mark.triton))
 DTYPES = (
     pytest.param(torch.float32, id="fp32"),
@@ -27,27 +26,8 @@ DTYPES = (
 def outputs_and_gradients(
     fn: Callable[..., Any], args: Any, kwargs: Any, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """All outputs of `fn` and the gradients of each floating tensor argument, for fixed random output gradients."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    copies = [_leaf(leaf, dtype) for leaf in leaves]
-    args, kwargs = pytree.tree_unflatten(copies, spec)
-    outputs = fn(*args, **kwargs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(y.shape, generator=generator).to(torch.float16).to(y) for y in outputs]
-    inputs = [leaf for leaf in copies if isinstance(leaf, Tensor)]
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, inputs, grads)]
-
-
-def _leaf(value: Any, dtype: torch.dtype | None) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone(memory_format=torch.preserve_format).to(dtype or value.dtype).requires_grad_()
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    """Relative error in the 2-norm; NaN where exactly one side has NaN."""
-    return float((value.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30))
+    """All outputs of `fn` and the gradient of each tensor argument, for fixed random output gradients."""
+    return list(_grading.outputs_and_gradients(fn, Case("", args, kwargs), dtype).values())
 
 
 def check_against_reference(
@@ -62,5 +42,5 @@ def check_against_reference(
     for index, (value, other, true) in enumerate(zip(found, peer, truth, strict=True)):
         assert value.shape == true.shape
         assert value.dtype == other.dtype
-        ours, theirs = error(value, true), error(other, true)
+        ours, theirs = _grading.error(value, true), _grading.error(other, true)
         assert ours <= 2 * theirs + ATOL[dtype], f"result {index}: error {ours:.3g}, PyTorch's {theirs:.3g}"
