@@ -278,23 +278,9 @@ def add_layer_norm_backward(
     """
     width, device = s.shape[-1], s.device
     if width > SCALE_WIDTH and (gamma is not None or sample is not None):
-        plain = add_layer_norm_backward(
-            dy,
-            ds,
-            s,
-            None,
-            weight,
-            None,
-            None,
-            mean,
-            rstd,
-            dx_dtype=None,
-            dresidual_dtype=torch.float32,
-            dweight_dtype=dweight_dtype,
-            dbias_dtype=dbias_dtype,
-            dgamma_dtype=None,
-            dsample_dtype=None,
-        )
+        asked = {"dresidual_dtype": torch.float32, "dweight_dtype": dweight_dtype, "dbias_dtype": dbias_dtype}
+        none = dict.fromkeys(("dx_dtype", "dgamma_dtype", "dsample_dtype"))
+        plain = add_layer_norm_backward(dy, ds, s, None, weight, None, None, mean, rstd, **asked, **none)
         dtypes = (dx_dtype, dresidual_dtype, dgamma_dtype, dsample_dtype)
         h = cast(Tensor, plain[1])  # asked for above
         dx, dresidual, dgamma, dsample = _scale_backward(h, x, gamma, sample, dtypes)

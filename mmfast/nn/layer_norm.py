@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
 from ..ops import layer_norm
 
 torch.fx.wrap("layer_norm")  # torch.fx records the op as one node
@@ -19,6 +20,8 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise input (..., *normalized_shape) over its last dimensions."""
-        if len(self.normalized_shape) != 1:
-            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        shape = self.normalized_shape
+        # On a CPU the op would call PyTorch's too, after a few microseconds of checks.
+        if len(shape) != 1 or (backends.torch_serves(input) and input.shape[-1] == shape[0]):
+            return F.layer_norm(input, shape, self.weight, self.bias, self.eps)
         return layer_norm(input, self.weight, self.bias, self.eps)

@@ -157,7 +157,6 @@ class PatchEmbed(nn.Module):
         return self.norm(x)
 
 
-@torch.no_grad()
 class NormedPatchEmbed(PatchEmbed):
     """`PatchEmbed` with a LayerNorm of each patch's pixels before the projection and one after it.
 
@@ -203,6 +202,7 @@ class NormedPatchEmbed(PatchEmbed):
         return x.flatten(2) if self.output_fmt == "NCL" else x
 
 
+@torch.no_grad()
 def resample_patch_embed(
     weight: Tensor, new_size: tuple[int, int], interpolation: str = "bicubic", antialias: bool = True
 ) -> Tensor:

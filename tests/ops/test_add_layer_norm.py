@@ -49,8 +49,12 @@ def test_more_blocks_than_programs(scaled: str, device: torch.device) -> None:
 
 
 @pytest.mark.triton
-def test_widest_row(device: torch.device) -> None:
-    args, kwargs = arguments((2, 2, 8192), "both", device)
+@pytest.mark.parametrize("scaled", SCALES)
+@pytest.mark.parametrize("width", [4100, 8192])
+@pytest.mark.usefixtures("poisoned")
+def test_widest_rows(width: int, scaled: str, device: torch.device) -> None:
+    """Above 4096 columns the backward of a scale is a step of its own."""
+    args, kwargs = arguments((2, 2, width), scaled, device)
     check_against_reference(ops.add_layer_norm, reference.add_layer_norm, args, kwargs, "triton", torch.float32)
 
 
