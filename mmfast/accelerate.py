@@ -63,14 +63,25 @@ class Report(tuple[Row, ...]):
         return {status: found[status] for status in get_args(Status) if status in found}
 
     def lines(self) -> list[tuple[str, str, str, str, str, str]]:
-        """The table's lines: modules, count, type, status, op, reason. Names that differ by an index are one line."""
+        """The table's lines: modules, count, type, status, op, reason.
+
+        Names that differ by an index are one line, and so are, at the end, all modules of a type that mmfast has no
+        op for.
+        """
         keyed: dict[tuple[str, ...], list[str]] = {}
+        others: Counter[str] = Counter()
         for row in self:
+            if row.reason == _NO_OP:
+                others[row.type] += 1
+                continue
             pattern = re.sub(_INDEX, "*", row.name)
             keyed.setdefault((pattern, row.type, row.status, row.op, row.reason), []).append(row.name)
         return [
-            (_span(pattern, names) or "(model)", str(len(names)), kind.rpartition(".")[2], status, op, reason)
-            for (pattern, kind, status, op, reason), names in keyed.items()
+            *(
+                (_span(pattern, names) or "(model)", str(len(names)), kind.rpartition(".")[2], status, op, reason)
+                for (pattern, kind, status, op, reason), names in keyed.items()
+            ),
+            *(("(others)", str(n), kind.rpartition(".")[2], "unknown", "", _NO_OP) for kind, n in others.items()),
         ]
 
     def summary(self) -> str:
@@ -102,6 +113,7 @@ class Report(tuple[Row, ...]):
 
 
 _INDEX = r"(?<![^.])\d+(?![^.])|(?<=_)\d+(?=\.)"  # blocks.0.norm1, encoder_layer_0.ln_1
+_NO_OP = "mmfast has no op for this type"
 _HEADER = ("modules", "count", "type", "status", "op", "reason")
 
 
@@ -151,7 +163,7 @@ def report(model: nn.Module) -> Report:
                 if not isinstance(part, nn.Identity):
                     row = rows[names[part]]
                     rows[row.name] = row._replace(
-                        status="fused", op=block.mmfast_op, reason=f"part of {name or '(model)'}"
+                        status="fused", op=block.mmfast_op, reason="part of the block it is in"
                     )
     return Report(rows.values())
 
@@ -221,7 +233,7 @@ def _row(name: str, module: nn.Module, known: dict[type, type[Accelerated]], fai
     if base is not None:
         return Row(name, full_name, "unknown", "", f"derives from {base.__name__}; only exact types are swapped")
     library = next((why for loaded, why in failed.items() if cls.__module__ == loaded), None)
-    return Row(name, full_name, "unknown", "", library or "mmfast has no op for this type")
+    return Row(name, full_name, "unknown", "", library or _NO_OP)
 
 
 def _restore(module: nn.Module) -> None:

@@ -26,7 +26,7 @@ def loss_curve(path: Path, losses: Sequence[float], accuracies: Sequence[float],
     right.plot(ends, [100 * a for a in accuracies], color="tab:orange", label="test accuracy")
     right.set(ylabel="test accuracy (%)", ylim=(0, 101))
     lines = [*left.get_lines()[1:], *right.get_lines()]
-    left.legend(lines, [str(line.get_label()) for line in lines], loc="center right")
+    figure.legend(lines, [str(line.get_label()) for line in lines], loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
