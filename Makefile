@@ -22,6 +22,8 @@ BIN := $(VENV)/bin
 DEV := $(VENV)/.mmfast-dev
 DEMO := $(VENV)/.mmfast-demo
 WORKERS ?= 2
+# Benchmarks that hold a bound on a CPU: never slower than the module replaced, at most 10 us added to a call.
+TIME_BOUNDS := benchmarks/bench_layer_norm.py benchmarks/bench_registration.py
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,6 +47,7 @@ demo: $(DEMO)  ## train a small ViT on real images, then accelerate another libr
 test: $(DEV)  ## run the tests: PyTorch paths and parity, then the Triton kernels in their interpreter
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu and not triton and not timing' $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TIME_BOUNDS) -o python_files='bench_*.py' --import-mode=importlib -k 'slower or adds'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'triton and not gpu' $(PYTEST_ARGS)
 
 lint: $(DEV)  ## ruff and mypy
