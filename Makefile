@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench verify audit clean
+.PHONY: help demo test test-all lint format bench verify audit clean
 
 # Compiled bytecode halves the time to import torch.
 unexport PYTHONDONTWRITEBYTECODE
@@ -21,6 +21,7 @@ endif
 BIN := $(VENV)/bin
 DEV := $(VENV)/.mmfast-dev
 DEMO := $(VENV)/.mmfast-demo
+TRITON36 := $(abspath $(VENV))/triton36
 WORKERS ?= 2
 # Benchmarks that hold a bound on a CPU: never slower than the module replaced, at most 10 us added to a call.
 TIME_BOUNDS := benchmarks/bench_layer_norm.py benchmarks/bench_registration.py
@@ -49,6 +50,12 @@ test: $(DEV)  ## run the tests: PyTorch paths and parity, then the Triton kernel
 	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(TIME_BOUNDS) -o python_files='bench_*.py' --import-mode=importlib -k 'slower or adds'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'triton and not gpu' $(PYTEST_ARGS)
+
+test-all: test  ## the tests, and the kernels again with Triton 3.6, the pair of torch 2.11
+	test -d $(TRITON36) || env -u PIP_CONSTRAINT $(BIN)/python -m pip install -qq --no-compile --no-deps --target $(TRITON36) triton==3.6.0
+	PYTHONPATH=$(TRITON36) $(BIN)/python -m pytest tests/test_audit.py $(PYTEST_ARGS)
+	PYTHONPATH=$(TRITON36) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'triton and not gpu' $(PYTEST_ARGS)
+	PYTHONPATH=$(TRITON36) $(BIN)/mmfast audit
 
 lint: $(DEV)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import mmfast
+from mmfast.benchmarks._harness import interleaved_ratio
 
 from ._demo_data import Images, load
 
@@ -167,24 +166,9 @@ def accelerate_peer(
     after = predict(fast, images.test, device)
     console.print(f"largest output difference: {(before - after).abs().max():.2e}")
     batch = images.test[:256].to(device)
-    slow_time, fast_time = interleaved_medians(
-        lambda: predict(peer, batch, device), lambda: predict(fast, batch, device), rounds=30
+    ratio = interleaved_ratio(
+        lambda: predict(peer, batch, device), lambda: predict(fast, batch, device), seconds=3.0, attempts=1
     )
-    console.print(
-        f"time for {len(batch)} images: timm {1e3 * slow_time:.2f} ms, accelerated {1e3 * fast_time:.2f} ms, "
-        f"ratio {slow_time / fast_time:.2f}"
-    )
+    console.print(f"time of timm's over time of the accelerated model, {len(batch)} images, in turn: ratio {ratio:.2f}")
     if device.type == "cpu":
         console.print("On a CPU the ops are PyTorch's own, so about 1.00 is expected; kernels run on a GPU.")
-
-
-def interleaved_medians(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Median seconds of each function, called in turn."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 2):
-        for fn, kept in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            fn()
-            if number >= 2:  # the first rounds warm up
-                kept.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
