@@ -27,7 +27,7 @@ def outputs_and_gradients(
     fn: Callable[..., Any], args: Any, kwargs: Any, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """All outputs of `fn` and the gradient of each tensor argument, for fixed random output gradients."""
-    return list(_grading.outputs_and_gradients(fn, Case("", args, kwargs), dtype).values())
+    return list(_grading.outputs_and_gradients(fn, Case("", lambda: (args, kwargs)), dtype).values())
 
 
 def check_against_reference(

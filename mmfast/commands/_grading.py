@@ -85,9 +85,10 @@ def outputs_and_gradients(fn: Callable[..., Any], case: Any, dtype: torch.dtype 
     arguments = pytree.tree_unflatten(leaves, found[1])
     outputs = fn(**arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
+    device = outputs[0].device
+    generator = torch.Generator(device).manual_seed(1)
     # Values that float16 and bfloat16 represent, so that every dtype is given the same gradient.
-    upstream = [torch.randn(y.shape, generator=generator).bfloat16().half().to(y) for y in outputs]
+    upstream = [torch.randn(y.shape, generator=generator, device=device).bfloat16().half().to(y.dtype) for y in outputs]
     inputs = {
         f"d {_name(path)}": leaf for (path, _), leaf in zip(found[0], leaves, strict=True) if isinstance(leaf, Tensor)
     }

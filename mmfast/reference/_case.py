@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
-class Case(NamedTuple):
-    """Arguments of an op. Gradients are checked for each floating tensor among them."""
+
+@dataclass
+class Case:
+    """Arguments of an op, drawn when they are first asked for. Gradients are checked for each tensor among them."""
 
     label: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    draw: Callable[[], Inputs]
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """The positional and the keyword arguments."""
+        return self.draw()
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments."""
+        return self.inputs[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments."""
+        return self.inputs[1]
 
 
 def normal(
@@ -24,5 +44,5 @@ def normal(
     mean: float = 0.0,
     std: float = 1.0,
 ) -> Tensor:
-    """Normal random values, the same on every device for the same torch seed."""
-    return (torch.randn(shape) * std + mean).to(device, dtype)
+    """Normal random values."""
+    return (torch.randn(shape, device=device) * std + mean).to(dtype)

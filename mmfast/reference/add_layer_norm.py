@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from ._case import Case, normal
+from ._case import Case, Inputs, normal
 from .layer_norm import layer_norm
 
 
@@ -36,17 +38,20 @@ SHAPES_GPU = ((256, 197, 768), (256, 257, 1024), (8, 257, 1408), (1, 257, 8192),
 
 def cases(dtype: torch.dtype, device: torch.device, *, large: bool) -> list[Case]:
     """Inputs for `verify`: without a scale, with LayerScale, with drop path, and with both."""
-    found = []
-    for shape in SHAPES + (SHAPES_GPU if large else ()):
-        for scaled in ("", "gamma", "sample", "both"):
-            if shape[0] == shape[-1] and scaled in ("sample", "both"):
-                continue  # with B = C a vector of B means channels
-            x, residual = (normal(shape, dtype, device) for _ in range(2))
-            gamma = normal(shape[-1:], dtype, device, std=0.3)
-            sample = normal((shape[0],), dtype, device, mean=1.0)
-            weight = normal(shape[-1:], dtype, device, mean=1.0, std=0.5)
-            bias = normal(shape[-1:], dtype, device)
-            scale = {"": None, "gamma": gamma, "sample": sample, "both": (gamma, sample)}[scaled]
-            label = f"{'x'.join(map(str, shape))} {scaled}".strip()
-            found.append(Case(label, (x, residual, weight, bias), {"scale": scale}))
-    return found
+    return [
+        Case(f"{'x'.join(map(str, shape))} {scaled}".strip(), partial(_draw, shape, scaled, dtype, device))
+        for shape in SHAPES + (SHAPES_GPU if large else ())
+        for scaled in ("", "gamma", "sample", "both")
+        # With B = C a vector of B means channels.
+        if shape[0] != shape[-1] or scaled in ("", "gamma")
+    ]
+
+
+def _draw(shape: tuple[int, ...], scaled: str, dtype: torch.dtype, device: torch.device) -> Inputs:
+    x, residual = (normal(shape, dtype, device) for _ in range(2))
+    gamma = normal(shape[-1:], dtype, device, std=0.3)
+    sample = normal((shape[0],), dtype, device, mean=1.0)
+    weight = normal(shape[-1:], dtype, device, mean=1.0, std=0.5)
+    bias = normal(shape[-1:], dtype, device)
+    scale = {"": None, "gamma": gamma, "sample": sample, "both": (gamma, sample)}[scaled]
+    return (x, residual, weight, bias), {"scale": scale}

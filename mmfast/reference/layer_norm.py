@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from ._case import Case, normal
+from ._case import Case, Inputs, normal
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -26,12 +28,15 @@ SHAPES_GPU = ((50432, 768), (65792, 1024), (2056, 1280), (257, 8192), (64, 12288
 
 def cases(dtype: torch.dtype, device: torch.device, *, large: bool) -> list[Case]:
     """Inputs for `verify`: each shape with and without weight and bias."""
-    found = []
-    for shape in SHAPES + (SHAPES_GPU if large else ()):
-        for affine in (True, False):
-            x = normal(shape, dtype, device, mean=0.5, std=2.0)
-            weight = normal(shape[-1:], dtype, device, mean=1.0, std=0.5) if affine else None
-            bias = normal(shape[-1:], dtype, device) if affine else None
-            label = "x".join(map(str, shape)) + ("" if affine else " plain")
-            found.append(Case(label, (x, weight, bias), {}))
-    return found
+    return [
+        Case("x".join(map(str, shape)) + ("" if affine else " plain"), partial(_draw, shape, affine, dtype, device))
+        for shape in SHAPES + (SHAPES_GPU if large else ())
+        for affine in (True, False)
+    ]
+
+
+def _draw(shape: tuple[int, ...], affine: bool, dtype: torch.dtype, device: torch.device) -> Inputs:
+    x = normal(shape, dtype, device, mean=0.5, std=2.0)
+    weight = normal(shape[-1:], dtype, device, mean=1.0, std=0.5) if affine else None
+    bias = normal(shape[-1:], dtype, device) if affine else None
+    return (x, weight, bias), {}

@@ -18,7 +18,7 @@ from mmfast.reference._case import Case
 
 
 def _case() -> Case:
-    return Case("3x5", (torch.randn(3, 5), torch.randn(5), torch.randn(5)), {})
+    return Case("3x5", lambda: ((torch.randn(3, 5), torch.randn(5), torch.randn(5)), {}))
 
 
 def _wrong(change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> _grading.Grade:
