@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -29,11 +30,11 @@ def test_the_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "add_layer_norm" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") == "1", reason="the interpreter gives another reason")
 def test_the_explanation_is_what_is_printed() -> None:
     with mmfast.backend(None):
         printed = str(mmfast.explain(mmfast.ops.layer_norm, torch.randn(4, 768)))
-    if "interpreter" not in printed:
-        assert printed in README
+    assert printed in README
 
 
 def test_commands_and_targets_exist() -> None:

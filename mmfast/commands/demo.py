@@ -169,6 +169,6 @@ def accelerate_peer(
     ratio = interleaved_ratio(
         lambda: predict(peer, batch, device), lambda: predict(fast, batch, device), seconds=3.0, attempts=1
     )
-    console.print(f"time of timm's over time of the accelerated model, {len(batch)} images, in turn: ratio {ratio:.2f}")
+    console.print(f"time ratio, timm's over accelerated, {len(batch)} images, in turn: {ratio:.2f}", soft_wrap=True)
     if device.type == "cpu":
         console.print("On a CPU the ops are PyTorch's own, so about 1.00 is expected; kernels run on a GPU.")

@@ -24,7 +24,7 @@ def test_one_epoch_writes_pictures_and_accelerates_the_peer(tmp_path: Path, caps
     assert "add_layer_norm" in printed
     difference = float(printed.partition("largest output difference: ")[2].split()[0])
     assert difference < 1e-4
-    ratio = float(printed.partition("ratio ")[2].split()[0])
+    ratio = float(printed.partition("in turn: ")[2].split()[0])
     assert 0.2 < ratio < 5
 
 
