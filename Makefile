@@ -106,7 +106,8 @@ gpu-check: gpu-ready  ## on a GPU: the tests marked gpu or triton, then every op
 	@echo "gpu-check: tests and verify passed"
 
 gpu-bench: gpu-ready  ## on a GPU: time every op and model beside its peers, append to $(RESULTS)
-	$(PYTHON) -m mmfast.cli bench --device cuda --results $(RESULTS) $(BENCH_ARGS)
+	$(PYTHON) -m mmfast.cli bench --device cuda --results $(RESULTS) --budget 480 \
+	  $(if $(OUT),--csv $(OUT)/gpu-bench.csv) $(BENCH_ARGS)
 	@if [ -n "$${OUT:-}" ]; then cp $(RESULTS)/*.csv "$$OUT"/; echo "gpu-bench: copied $(RESULTS)/*.csv to $$OUT"; fi
 	@echo "gpu-bench: results are in $(RESULTS)"
 

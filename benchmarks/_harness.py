@@ -3,8 +3,8 @@
 pytest-benchmark takes the rounds and keeps the statistics. On a GPU its clock is a pair of CUDA events, L2 is
 overwritten before each round, and the round is queued behind a delay longer than the host needs to launch it, so that
 the events enclose kernels and no launch gap. Each group of providers is measured in several passes, providers in turn
-within a pass, so that a drift of clocks or of a neighbour's load falls on all of them. The limit is the bandwidth of
-a large copy in the same run. On a CPU the clock is the wall's and torch keeps to one thread.
+within a pass, so that a drift of clocks or of a neighbour's load falls on all of them. `_limits.py` measures, in the
+same run, what a row is held against. On a CPU the clock is the wall's and torch keeps to one thread.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Options:
     quick: bool = False
     peers: tuple[str, ...] = ()  # empty: all
     passes: int = 3
+    full: bool = False  # also what takes minutes
 
     def providers(self, names: Sequence[str], own: Sequence[str] = ("mmfast",)) -> list[str]:
         """Of a file's providers, those to run: all, but no torch.compile, which takes longest, in a quick CPU run."""
@@ -62,9 +63,19 @@ class Spec:
     dtype: str
 
     @property
+    def group(self) -> tuple[str, str, tuple[int, ...], str]:
+        """What the providers that are compared with one another have in common."""
+        return self.op, self.mode, self.shape, self.dtype
+
+    @property
     def size(self) -> str:
         """The shape as text."""
         return "x".join(map(str, self.shape))
+
+    @property
+    def title(self) -> str:
+        """The measurement in words, which `--only` looks into."""
+        return f"{self.op} {self.mode} {self.size} {self.dtype} {self.provider}"
 
     def label(self, number: int) -> str:
         """The id of its test in pass `number`."""
@@ -86,8 +97,11 @@ class Record:
 
     spec: Spec
     times: list[float] = field(default_factory=list)
-    moved: int = 0  # bytes, 0 where memory is not the limit
+    moved: int = 0  # bytes that a call cannot do without, 0 where memory is not the limit
+    flops: int = 0  # likewise
+    limit: float | None = None  # seconds that something else than bytes and FLOPs takes at least
     images: int = 0  # a call
+    backend: str = ""  # the implementation that served the call, where a provider may pick one
     peak_mb: float | None = None
 
 
@@ -149,15 +163,15 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile(fn)` for static shapes, whose graph may be run backward more than once."""
+def compiled(fn: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """`torch.compile(fn, mode=mode)` for static shapes, whose graph may be run backward more than once."""
     import torch._dynamo
     import torch._functorch.config
 
     torch._dynamo.config.cache_size_limit = 512  # one function, many shapes
     if hasattr(torch._functorch.config, "donated_buffer"):
         torch._functorch.config.donated_buffer = False  # as retain_graph=True needs
-    return torch.compile(fn, fullgraph=True, dynamic=False)
+    return torch.compile(fn, fullgraph=True, dynamic=False, mode=mode)
 
 
 class CudaTime:
@@ -237,26 +251,6 @@ def _peak_memory(record: Record, call: Callable[[], Any]) -> None:
     torch.cuda.synchronize()
     record.peak_mb = (torch.cuda.max_memory_allocated() - before) / 2**20
     del result
-
-
-def copy_bandwidth(options: Options) -> Record:
-    """A large copy on the device: the limit that memory-bound rows are held against."""
-    size = (1 << 30) if options.device == "cuda" else (1 << 26 if options.quick else 1 << 28)
-    source = torch.randint(-100, 100, (size,), dtype=torch.int8, device=options.device)
-    target = torch.empty_like(source)
-    record = Record(Spec("copy", "torch", "forward", (size,), "int8"), moved=2 * size)
-    for number in range(13):
-        start: Any = CudaTime() if options.device == "cuda" else time.perf_counter()
-        target.copy_(source)
-        end: Any = CudaTime() if options.device == "cuda" else time.perf_counter()
-        if number >= 3:
-            record.times.append(end - start)
-    return record
-
-
-def bandwidth(record: Record) -> float | None:
-    """Bytes that the op cannot do without over the median time, in GB/s."""
-    return record.moved / statistics.median(record.times) / 1e9 if record.moved and record.times else None
 
 
 def interleaved_ratio(

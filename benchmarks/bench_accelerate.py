@@ -1,13 +1,15 @@
 """Models of timm, torchvision and transformers beside themselves after `mmfast.accelerate`.
 
 A row is a batch of images through the model; the shape is (batch, channels, height, width). The original and the
-accelerated model are two copies with the same weights. On a CPU the accelerated one must not be slower.
+accelerated model are two copies with the same weights. On a CPU the accelerated one must not be slower. `--full` adds
+the originals compiled, which takes minutes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -59,12 +61,16 @@ MODELS: dict[str, Callable[[bool], nn.Module]] = {
 }
 
 
-def pair(name: str, *, small: bool) -> tuple[nn.Module, nn.Module]:
+@cache
+def pair(
+    name: str, *, small: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, nn.Module]:
     """The original and an accelerated copy, in evaluation mode."""
     try:
         original = MODELS[name](small).eval()
     except ImportError as missing:
         raise Unavailable(f"{name}: {missing}") from missing
+    original = original.to(device, dtype)
     return original, mmfast.accelerate(copy.deepcopy(original), strict=True)
 
 
@@ -90,9 +96,10 @@ def call_of(model: Callable[[Tensor], Any], x: Tensor, mode: str) -> Callable[[]
 
 
 def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
-    """Each model, original and accelerated, and on a GPU both compiled as well."""
+    """Each model, original and accelerated, and with `--full` on a GPU the original compiled."""
     on_gpu = options.device == "cuda"
-    providers = [f"{name} {kind}" for name in MODELS for kind in ("eager", "mmfast", *("compile",) * on_gpu)]
+    slow = on_gpu and (options.full or any(peer.endswith("compile") for peer in options.peers))
+    providers = [f"{name} {kind}" for name in MODELS for kind in ("eager", "mmfast", *("compile",) * slow)]
     if options.peers:
         providers = [p for p in providers if p in options.peers or p.endswith("mmfast")]
     batch = ((64 if options.quick else 256), 3, 224, 224) if on_gpu else (4, 3, 64, 64)
@@ -105,14 +112,20 @@ def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
 def test_model(spec: Spec, pass_number: int, measure: Callable[..., None], options: Options) -> None:
     name, kind = spec.provider.split()
     dtype, on_gpu = DTYPES[spec.dtype], options.device == "cuda"
-    models = [m.to(options.device, dtype) for m in pair(name, small=not on_gpu)]
+    models = pair(name, small=not on_gpu, device=options.device, dtype=dtype)
     x = torch.randn(spec.shape, device=options.device).to(dtype)
-    with torch.no_grad():
-        _harness.check_same(logits(models[1], x), logits(models[0], x), dtype, spec.provider)
+    if pass_number == 0:
+        with torch.no_grad():
+            _harness.check_same(logits(models[1], x), logits(models[0], x), dtype, spec.provider)
     model: Any = models[1] if kind == "mmfast" else models[0]
     if kind == "compile":
-        model = torch.compile(model, dynamic=False)
+        model = _compiled(model)
     measure(call_of(model, x, spec.mode), images=spec.shape[0], gaps=True)
+
+
+@cache
+def _compiled(model: nn.Module) -> Callable[[Tensor], Any]:
+    return torch.compile(model, dynamic=False)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,11 +6,40 @@ imports Triton; `mmfast` does so on the first call that a kernel serves.
 
 from triton.runtime.jit import JITFunction
 
-from . import add_layer_norm, layer_norm
+from . import (
+    add_layer_norm,
+    attention,
+    attention_maps,
+    attention_qkv,
+    attention_varlen,
+    layer_norm,
+    linear_act,
+    patch_embed,
+)
 
-NAMES = ("layer_norm", "add_layer_norm")
+NAMES = (
+    "layer_norm",
+    "add_layer_norm",
+    "attention",
+    "attention_qkv",
+    "attention_maps",
+    "attention_varlen",
+    "linear_act",
+    "patch_embed",
+)
 
 INTERPRETED = not isinstance(layer_norm.layer_norm_forward_kernel, JITFunction)
 """Whether the kernels were imported under TRITON_INTERPRET=1 and run on CPU tensors."""
 
-__all__ = ["INTERPRETED", "NAMES", "add_layer_norm", "layer_norm"]
+__all__ = [
+    "INTERPRETED",
+    "NAMES",
+    "add_layer_norm",
+    "attention",
+    "attention_maps",
+    "attention_qkv",
+    "attention_varlen",
+    "layer_norm",
+    "linear_act",
+    "patch_embed",
+]

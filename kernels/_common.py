@@ -90,18 +90,26 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 class Compilation:
     """One configuration of a kernel as it ships, for `mmfast audit` to compile without a GPU.
 
-    `arguments` gives every runtime argument its Triton type (`"*bf16"`, `"i32"`, `"fp32"`, or None for a
-    None that the kernel tests); pointers, and integers listed in `divisible`, are multiples of 16.
+    `arguments` gives every runtime argument its Triton type (`"*bf16"`, `"i32"`, `"fp32"`, a tuple of them, or None
+    for a None that the kernel tests); pointers, and integers listed in `divisible`, are multiples of 16.
+
+    On sm_90 the audit fails any 16-bit or tf32 dot of 64 rows or more that was not made into wgmma, declared or not;
+    `tensor_cores` says that there is one, so that a kernel whose dots vanished fails as well.
     """
 
     label: str
     kernel: Any
-    arguments: dict[str, str | None]
+    arguments: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
     divisible: tuple[str, ...] = ()
     vector_loads: bool = False  # rows are whole 16-byte pieces, so they must be read 16 bytes at a time
     vector_stores: bool = False  # likewise, where the kernel writes rows
+    num_stages: int | None = None  # None: Triton's default
+    arches: tuple[int, ...] | None = None  # the architectures (80, 90, 100) it ships for; None: all
+    tensor_cores: bool = False  # has a dot of 64 rows or more, 16-bit or tf32: HGMMA on sm_90, HMMA on sm_80
+    waste: float | None = None  # FLOPs issued per useful FLOP at the shape in the label; below 1 where work is skipped
+    waste_limit: float | None = None  # what `waste` must not exceed
 
 
 AUDIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

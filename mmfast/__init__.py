@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import convert, models, nn, ops, reference
     from .accelerate import Report, accelerate, accelerated, report, restore
     from .backends import BackendError, Choice, Explanation, backend, explain
+    from .cuda_graph import CudaGraph, cuda_graph
 
 # Public name -> the module that holds it.
 _LAZY = {
@@ -28,12 +29,15 @@ _LAZY = {
     "accelerated": "accelerate",
     "report": "accelerate",
     "restore": "accelerate",
+    "CudaGraph": "cuda_graph",
+    "cuda_graph": "cuda_graph",
 }
 _SUBMODULES = ("convert", "models", "nn", "ops", "reference")
 
 __all__ = [
     "BackendError",
     "Choice",
+    "CudaGraph",
     "Explanation",
     "Report",
     "__version__",
@@ -41,6 +45,7 @@ __all__ = [
     "accelerated",
     "backend",
     "convert",
+    "cuda_graph",
     "explain",
     "models",
     "nn",
@@ -56,8 +61,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name in _LAZY:
         value: Any = importlib.import_module(f".{_LAZY[name]}", __name__)
-        # `accelerate` is a function and a module of that name; the module can be called like the function.
-        if name != "accelerate":
+        # `accelerate` and `cuda_graph` are functions and modules of that name, which can be called like the functions.
+        if name not in ("accelerate", "cuda_graph"):
             value = getattr(value, name)
         globals()[name] = value
         return value

@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from torch import jit, nn
 
-from .integrations import Accelerated, FusedBlock, swaps
+from .integrations import Accelerated, swaps
 
 __all__ = ["Report", "Row", "accelerate", "accelerated", "report", "restore"]
 
-OPS = ("layer_norm", "add_layer_norm")
+OPS = ("layer_norm", "add_layer_norm", "attention", "patch_embed", "linear_act")
 """Ops that `accelerate` can put into a model."""
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,7 +37,7 @@ class Row(NamedTuple):
     type: str
     """Full name of the module's own class: of the original one, if it is accelerated."""
     status: Status
-    """"accelerated"; "fused": its work is done by the op of the accelerated block it is in; "available": `accelerate`
+    """"accelerated"; "fused": its work is done by the op of an accelerated module it is in; "available": `accelerate`
     would swap it; "skipped": of a type that mmfast knows, left alone for a reason; "native": mmfast's own module;
     "unknown": of a type that mmfast has nothing for."""
     op: str
@@ -120,18 +120,29 @@ _HEADER = ("modules", "count", "type", "status", "op", "reason")
 def accelerate(model: Model, ops: str | Iterable[str] = "auto", strict: bool = False) -> Model:
     """Let `model` run mmfast's ops where it has modules that they can replace. In place; returns `model`.
 
-    Swapped are layer norms of torch.nn and timm, and the blocks of timm's, torchvision's and transformers' ViT and of
-    DINOv2, whose first residual sum, LayerScale, drop path and second norm become one op. Only exact types are swapped.
-    Weights, state_dict, hooks, mode and devices are left as they are. A second call changes nothing. TorchScript cannot
-    compile a swapped module: `restore` first.
+    Swapped are, by op:
 
-    Hooks on a submodule always fire: a block with a hook on a submodule that the fused op stands in for calls that
-    submodule. Swapped modules run the original code for tensors that the op does not take, and for CPU tensors, where
-    PyTorch's own op is what would run, unless a backend is forced.
+    - "layer_norm": the layer norms of torch.nn, timm and open_clip;
+    - "add_layer_norm": the blocks of timm's, torchvision's, transformers' and open_clip's ViT and of DINOv2 with and
+      without registers, and of open_clip's text towers: the first residual sum, LayerScale, drop path and second norm
+      become one op;
+    - "attention": `torch.nn.MultiheadAttention` (calls with need_weights=False) and the same libraries' attention;
+    - "patch_embed": their patch embeddings, with class and register tokens and the position embedding where these are
+      added as they are;
+    - "linear_act": the first linear layer of their MLPs with its activation, and any torch.nn.Sequential in which a
+      linear layer is followed by an activation that the op has.
+
+    Only exact types are swapped, of releases whose code mmfast knows. Weights, state_dict, hooks, mode and devices are
+    left as they are. A second call changes nothing. TorchScript cannot compile a swapped module: `restore` first.
+
+    Hooks on a submodule always fire: where an op would stand in for a submodule with a hook, that submodule is called.
+    Swapped modules run the original code for calls that the op does not take (attention with dropout or with weights to
+    return, another attention implementation than transformers' "sdpa", timm's with fused_attn off), and for CPU
+    tensors, where PyTorch's own op is what would run, unless a backend is forced.
 
     Args:
         model: any module, also inside DataParallel, DistributedDataParallel or torch.compile's wrapper.
-        ops: "auto" for all, or the names of those wanted: "layer_norm", "add_layer_norm".
+        ops: "auto" for all, or the names of those wanted, as above.
         strict: raise rather than leave the model, or one of its modules of a known type, as it was.
 
     Raises:
@@ -153,18 +164,18 @@ def report(model: nn.Module) -> Report:
     modules = dict(model.named_modules())
     rows = {name: _row(name, module, known, failed) for name, module in modules.items()}
     names = {module: name for name, module in modules.items()}
-    for name, block in modules.items():
-        if isinstance(block, FusedBlock):
-            reason = block.refuses(block)
-            if reason:
-                rows[name] = rows[name]._replace(reason=f"{rows[name].reason}, which fuses nothing now: {reason}")
-                continue
-            for part in (block._modules[child] for child in block.bypassed):
-                if not isinstance(part, nn.Identity):
-                    row = rows[names[part]]
-                    rows[row.name] = row._replace(
-                        status="fused", op=block.mmfast_op, reason="part of the block it is in"
-                    )
+    for name, module in modules.items():
+        if not isinstance(module, Accelerated):
+            continue
+        reason = module.refuses(module)
+        if reason:
+            rows[name] = rows[name]._replace(reason=f"{rows[name].reason}, which fuses nothing now: {reason}")
+            continue
+        for path in module.parts(module):
+            part = _part(module, path)
+            if part is not None and not isinstance(part, nn.Identity):
+                row = rows[names[part]]
+                rows[row.name] = row._replace(status="fused", op=module.mmfast_op, reason="part of the module it is in")
     return Report(rows.values())
 
 
@@ -206,7 +217,7 @@ def _swap(caller: str, model: nn.Module, ops: str | Iterable[str], strict: bool)
             raise ValueError(f"{caller}: strict=True, but {len(skipped)} modules are skipped: {'; '.join(skipped)}")
         if not rows:
             raise ValueError(
-                f"{caller}: strict=True, but {type(model).__name__} has nothing to run {' or '.join(wanted)} in"
+                f"{caller}: strict=True, but {type(model).__name__} has nothing to run any of {', '.join(wanted)} in"
             )
     swapped = [modules[row.name] for row in rows if row.status == "available"]
     for module in swapped:
@@ -225,15 +236,23 @@ def _row(name: str, module: nn.Module, known: dict[type, type[Accelerated]], fai
     if isinstance(module, jit.ScriptModule):
         return Row(name, full_name, "unknown", "", "TorchScript")
     swap = known.get(cls)
-    if swap is not None:
+    if swap is not None and swap.matches(module):
         own = "its forward is replaced on the instance" if "forward" in module.__dict__ else None
         reason = own or swap.refuses(module)
         return Row(name, full_name, "skipped" if reason else "available", swap.mmfast_op, reason or "")
     base = next((base for base in cls.__mro__ if base in known), None)
-    if base is not None:
+    if base is not None and base is not cls and known[base].matches(module):
         return Row(name, full_name, "unknown", "", f"derives from {base.__name__}; only exact types are swapped")
     library = next((why for loaded, why in failed.items() if cls.__module__ == loaded), None)
     return Row(name, full_name, "unknown", "", library or _NO_OP)
+
+
+def _part(module: nn.Module, path: str) -> nn.Module | None:
+    """The submodule of this path, or None where it is missing."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _restore(module: nn.Module) -> None:

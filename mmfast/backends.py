@@ -11,6 +11,7 @@ autograd's own, which must see it too.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -37,6 +38,10 @@ class Facts(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     width: int  # size of the dimension that one program of the kernel has to hold
+    seqlen_q: int = 0  # of attention
+    seqlen_k: int = 0
+    refusal: str | None = None  # why no kernel of the op can serve this call, whatever the device
+    detail: str | None = None  # what a kernel's launcher makes of this call, for `explain`
 
 
 class Choice(NamedTuple):
@@ -68,6 +73,14 @@ def _find_triton() -> str | None:
     return None if found else "triton is not installed"
 
 
+def _find_version() -> tuple[int, ...]:
+    """Triton's version, major and minor, without importing it; (0,) where it cannot be told."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return (0,)
+
+
 def _checked(name: str | None) -> str | None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
@@ -75,6 +88,7 @@ def _checked(name: str | None) -> str | None:
 
 
 TRITON_MISSING = _find_triton()
+TRITON_VERSION = _find_version()
 _forced: str | None = _checked(os.environ.get("MMFAST_BACKEND", "").strip().lower() or None)
 _record: list[Choice] | None = None
 _capability: dict[torch.device, tuple[int, int]] = {}
@@ -95,6 +109,8 @@ def _triton_floats(facts: Facts) -> str | None:
     """Triton kernels of float32, float16 and bfloat16 tensors."""
     if TRITON_MISSING:
         return TRITON_MISSING
+    if facts.refusal is not None:
+        return facts.refusal
     if facts.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{_name(facts.dtype)} has no kernel"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -122,11 +138,78 @@ def _triton_one_row(facts: Facts) -> str | None:
     return _triton_floats(facts)
 
 
+def ieee_products() -> bool:
+    """Whether float32 matrix products on a GPU keep full precision, as `torch.set_float32_matmul_precision` says.
+
+    `torch.get_float32_matmul_precision()` raises where the user has set `torch.backends.cuda.matmul.fp32_precision`,
+    which newer versions of PyTorch have in its place.
+    """
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision != "tf32"
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def product_precision() -> str:
+    """How kernels compute float32 products, as `tl.dot` calls it: "ieee" or "tf32"."""
+    return "ieee" if ieee_products() else "tf32"
+
+
+# torch.compile cannot trace the question; it takes the answer as a constant, and guards the setting itself.
+ieee_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+LONGEST_KEYS = 1024
+"""Keys above which PyTorch's own attention (cuDNN on Hopper) serves, until ours is measured faster."""
+DECODE_QUERIES = 32
+"""Queries up to which our kernel serves whatever the number of keys: it splits them, which cuDNN's engines do not."""
+
+
+def _triton_tuples(facts: Facts) -> str | None:
+    """As `_triton_floats`, for kernels whose tiles are tuples."""
+    why_not = _triton_floats(facts)
+    if why_not is None and TRITON_VERSION < (3, 4):
+        return "needs Triton 3.4"
+    return why_not
+
+
+def _triton_attention(facts: Facts) -> str | None:
+    """Attention: kernels for short sequences and for few queries, where libraries are weak."""
+    why_not = _triton_tuples(facts)
+    if why_not is not None or _forced == "triton":
+        return why_not
+    if facts.device.type == "cuda" and _device_capability(facts.device) < (9, 0):
+        return "FlashAttention-2 is at home on compute capability 8"
+    if facts.width > 192 and facts.device.type == "cuda" and _device_capability(facts.device) >= (10, 0):
+        return "heads wider than 192 do not fit in registers on compute capability 10"
+    if facts.dtype == torch.float32 and ieee_products():
+        return "float32 products at full precision"
+    if facts.dtype == torch.float32 and facts.width > 64:
+        return "float32 heads wider than 64 do not fit in registers"
+    if facts.seqlen_k > LONGEST_KEYS and facts.seqlen_q > DECODE_QUERIES:
+        return f"{facts.seqlen_k} keys: a long sequence is PyTorch's"
+    return None
+
+
+def _triton_linear(facts: Facts) -> str | None:
+    """Linear layers: without tf32 a float32 product runs on CUDA cores, where cuBLAS is at home."""
+    why_not = _triton_floats(facts)
+    if why_not is None and _forced != "triton" and facts.dtype == torch.float32 and ieee_products():
+        return "float32 products at full precision"
+    return why_not
+
+
 Rule = Callable[[Facts], str | None]
 
 TABLE: dict[str, tuple[tuple[str, Rule], ...]] = {
     "layer_norm": (("triton", _triton_floats),),
     "add_layer_norm": (("triton", _triton_one_row),),
+    "linear_act": (("triton", _triton_linear),),
+    "patch_embed": (("triton", _triton_linear),),
+    "attention": (("triton", _triton_attention),),
+    "attention_qkv": (("triton", _triton_attention),),
+    "attention_maps": (("triton", _triton_attention),),
+    "attention_varlen": (("triton", _triton_attention),),
 }
 """Op -> its backends but `torch`, in order of preference, each with the rule that says why not."""
 
@@ -141,6 +224,11 @@ def choose(op: str, facts: Facts) -> str:
     choice = _decide(op, facts)
     _record.append(choice)
     return choice.backend
+
+
+def explaining() -> bool:
+    """Whether `explain` records the choices: whether a `detail` in the facts is read by anyone."""
+    return _record is not None
 
 
 def torch_serves(x: object) -> bool:
@@ -169,7 +257,7 @@ def _decide(op: str, facts: Facts) -> Choice:
         if _forced in (None, name):
             reason = why_not(facts)
             if reason is None:
-                refused = [f"{name} is forced"] if _forced else refused or ["first choice"]
+                refused = [f"{name} is forced"] if _forced else refused or [facts.detail or "first choice"]
                 return Choice(op, name, "; ".join(refused))
             refused.append(f"{name}: {reason}")
     if _forced in (None, "torch"):

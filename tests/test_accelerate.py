@@ -62,7 +62,11 @@ def test_not_a_module(call: str) -> None:
 @pytest.mark.parametrize(
     ("ops", "message"),
     [
-        (["layer_norm", "attention"], "ops must be 'auto' or some of 'layer_norm', 'add_layer_norm', got 'attention'"),
+        (
+            ["layer_norm", "mlp"],
+            "ops must be 'auto' or some of 'layer_norm', 'add_layer_norm', 'attention', 'patch_embed', 'linear_act', "
+            "got 'mlp'",
+        ),
         ("norm", "got 'norm'"),
         ([], "got none"),
     ],
@@ -71,6 +75,34 @@ def test_not_a_module(call: str) -> None:
 def test_unknown_ops(ops: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mmfast.accelerate(Net(), ops=ops)  # type: ignore[arg-type]
+
+
+def test_parts_that_an_op_stands_in_for() -> None:
+    model = nn.ModuleDict(
+        {
+            "attn": nn.MultiheadAttention(8, 2),
+            "mlp": nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)),
+            "other": nn.Sequential(nn.Linear(8, 8), nn.Tanh()),
+        }
+    )
+    available = {row.name: (row.op, row.status) for row in mmfast.report(model) if row.op}
+    assert available == {"attn": ("attention", "available"), "mlp": ("linear_act", "available")}
+    mmfast.accelerate(model)
+    rows = {row.name: (row.op, row.status, row.reason) for row in mmfast.report(model) if row.op}
+    part = "part of the module it is in"
+    assert rows == {
+        "attn": ("attention", "accelerated", "mmfast.integrations.torch_nn.MultiheadAttention"),
+        "mlp": ("linear_act", "accelerated", "mmfast.integrations.torch_nn.Sequential"),
+        "mlp.0": ("linear_act", "fused", part),
+        "mlp.1": ("linear_act", "fused", part),
+    }
+    handle = model["mlp"][1].register_forward_hook(lambda *_: None)
+    rows = {row.name: row.reason for row in mmfast.report(model) if row.op}
+    reason = "which fuses nothing now: 1 has hooks or a forward of its own"
+    assert rows["mlp"] == f"mmfast.integrations.torch_nn.Sequential, {reason}"
+    assert "mlp.1" not in rows
+    handle.remove()
+    assert [type(m) for m in mmfast.restore(model).values()] == [nn.MultiheadAttention, nn.Sequential, nn.Sequential]
 
 
 @pytest.mark.parametrize(("ops", "expected"), [("auto", True), ("layer_norm", True), (["add_layer_norm"], False)])
@@ -158,8 +190,11 @@ def test_the_model_itself_is_swapped() -> None:
 
 
 def test_strict() -> None:
-    with pytest.raises(ValueError, match="strict=True, but Linear has nothing to run layer_norm or add_layer_norm in"):
+    ops = "layer_norm, add_layer_norm, attention, patch_embed, linear_act"
+    with pytest.raises(ValueError, match=f"strict=True, but Linear has nothing to run any of {ops} in"):
         mmfast.accelerate(nn.Linear(2, 2), strict=True)
+    with pytest.raises(ValueError, match="has nothing to run any of attention in"):
+        mmfast.accelerate(Net(), ops="attention", strict=True)
     model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm((2, 8)))
     with pytest.raises(ValueError, match="1 modules are skipped: 1: normalises over 2 dimensions"):
         mmfast.accelerate(model, strict=True)

@@ -29,9 +29,21 @@ def reason(op: str, facts: Facts) -> tuple[str, str]:
 @pytest.mark.usefixtures("no_gpu_needed")
 @pytest.mark.parametrize("op", ops.NAMES)
 def test_the_choice_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert reason(op, Facts(CUDA, dtype, 768)) == ("triton", "first choice")
+    monkeypatch.setattr(backends, "TRITON_VERSION", (3, 6))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert reason(op, Facts(CUDA, dtype, 256)) == ("triton", "first choice")
+    # Products of float32 in full precision are the vendor's libraries'.
+    name, why = reason(op, Facts(CUDA, torch.float32, 64))
+    norms = op in ("layer_norm", "add_layer_norm")
+    assert (name, why) == (
+        ("triton", "first choice") if norms else ("torch", "triton: float32 products at full precision")
+    )
+    monkeypatch.setattr(backends, "ieee_products", lambda: False)
+    assert reason(op, Facts(CUDA, torch.float32, 64))[0] == "triton"
     assert reason(op, Facts(CUDA, torch.float64, 768)) == ("torch", "triton: float64 has no kernel")
+    monkeypatch.setitem(backends._capability, CUDA, (8, 0))
+    name, why = reason(op, Facts(CUDA, torch.float16, 64))
+    assert (name == "torch" and "FlashAttention-2" in why) if op.startswith("attention") else name == "triton"
     monkeypatch.setitem(backends._capability, CUDA, (7, 5))
     assert reason(op, Facts(CUDA, torch.float16, 768)) == ("torch", "triton: needs compute capability 8.0")
     monkeypatch.setattr(torch.version, "hip", "6.0")

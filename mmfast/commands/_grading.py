@@ -78,10 +78,10 @@ def grade(op: str, case: Any, dtype: torch.dtype, backend: str) -> Grade:
 
 
 def outputs_and_gradients(fn: Callable[..., Any], case: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every output of `fn` and the gradient of each tensor argument, by name, for fixed random output gradients."""
+    """Every output of `fn` and the gradient of each floating argument, by name, for fixed random output gradients."""
     bound = inspect.signature(fn).bind(*case.args, **case.kwargs)
     found = pytree.tree_flatten_with_path(dict(bound.arguments))
-    leaves = [_leaf(leaf, dtype) for _, leaf in found[0]]
+    leaves = [_leaf(leaf, dtype, _argument(path) not in case.constants) for path, leaf in found[0]]
     arguments = pytree.tree_unflatten(leaves, found[1])
     outputs = fn(**arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -90,7 +90,9 @@ def outputs_and_gradients(fn: Callable[..., Any], case: Any, dtype: torch.dtype 
     # Values that float16 and bfloat16 represent, so that every dtype is given the same gradient.
     upstream = [torch.randn(y.shape, generator=generator, device=device).bfloat16().half().to(y.dtype) for y in outputs]
     inputs = {
-        f"d {_name(path)}": leaf for (path, _), leaf in zip(found[0], leaves, strict=True) if isinstance(leaf, Tensor)
+        f"d {_name(path)}": leaf
+        for (path, _), leaf in zip(found[0], leaves, strict=True)
+        if isinstance(leaf, Tensor) and leaf.requires_grad
     }
     gradients = torch.autograd.grad(outputs, list(inputs.values()), upstream)
     names = ["output"] if len(outputs) == 1 else [f"output {i}" for i in range(len(outputs))]
@@ -100,15 +102,20 @@ def outputs_and_gradients(fn: Callable[..., Any], case: Any, dtype: torch.dtype 
     }
 
 
+def _argument(path: Any) -> str:
+    return str(path[0].key)
+
+
 def _name(path: Any) -> str:
     """An argument's name, with its place in a pair: `scale[1]`."""
-    return f"{path[0].key}{pytree.keystr(path[1:])}"
+    return f"{_argument(path)}{pytree.keystr(path[1:])}"
 
 
-def _leaf(value: Any, dtype: torch.dtype | None) -> Any:
-    if not isinstance(value, Tensor):
+def _leaf(value: Any, dtype: torch.dtype | None, gradient: bool) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():  # uint8 images, masks: as they are
         return value
-    return value.detach().clone(memory_format=torch.preserve_format).to(dtype or value.dtype).requires_grad_()
+    leaf = value.detach().clone(memory_format=torch.preserve_format).to(dtype or value.dtype)
+    return leaf.requires_grad_(gradient)
 
 
 def _tensor_grade(name: str, found: Tensor, peer: Tensor, truth: Tensor, atol: float) -> tuple[str, float, float, bool]:

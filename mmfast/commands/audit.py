@@ -1,28 +1,26 @@
 """`mmfast audit`: compile every kernel configuration that ships, without a GPU, and read what the compiler made of it.
 
-For each architecture: registers, spills, shared memory, and the width of the loads and stores of global memory in the
-machine code. A spill, shared memory above the limit, or a row of whole 16-byte pieces that is not read and written 16
-bytes at a time fails the audit.
+For each architecture: registers, spills, shared memory, and in the machine code the width of the loads and stores of
+global memory and the tensor-core instructions. These fail the audit: a spill; shared memory above the limit; a row of
+whole 16-byte pieces that is not read and written 16 bytes at a time; on sm_90 a dot of 64 rows or more that is not
+wgmma; more FLOPs issued per useful one than a configuration allows. Said beside the verdict: why the assembler waits
+for each wgmma before the next, where it does.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import multiprocessing
 import os
 import pkgutil
-import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import _sass
 from ._process import run_again
 
 ARCHITECTURES = (80, 90, 100)
@@ -48,7 +46,9 @@ class Result(NamedTuple):
     shared: int  # bytes
     loads: Counter[int]  # instructions by bits moved a thread
     stores: Counter[int]
+    tensor: Counter[str]  # tensor-core instructions by name
     problems: tuple[str, ...]
+    notes: tuple[str, ...]  # what costs speed and fails nothing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     results.sort(key=lambda result: tasks.index(result.task))
     failed = [result for result in results if result.problems]
     _print_table(failed if args.problems else results)
+    _print_waste(failed if args.problems else results)
     _print_summary(results)
     return 1 if failed else 0
 
@@ -91,7 +92,8 @@ def all_tasks(ops: tuple[str, ...] = (), arches: tuple[int, ...] = ARCHITECTURES
             raise ValueError(f"audit: expected an op of {', '.join(sorted(known))}, got {op!r}")
     for arch in arches:
         for op, label in found:
-            if not ops or op in ops or op == "common":
+            shipped = found[op, label].arches
+            if (not ops or op in ops or op == "common") and (shipped is None or arch in shipped):
                 yield Task(op, label, arch)
 
 
@@ -142,75 +144,60 @@ def compile_one(task: Task) -> Result:
             constants[(index,)] = compilation.constants.get(name)
         else:
             signature[name] = kind
-            if kind.startswith("*") or name in compilation.divisible:
+            if name in compilation.divisible or (isinstance(kind, str) and kind.startswith("*")):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=compilation.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": compilation.num_warps}
+    if compilation.num_stages is not None:
+        options["num_stages"] = compilation.num_stages
     kernel = triton.compile(source, target=GPUTarget("cuda", task.arch, 32), options=options)
-    return _inspect(task, compilation, _disassemble(kernel.asm["cubin"]), kernel.metadata.shared)
+    return _inspect(task, compilation, kernel)
 
 
-def _disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code, kept beside Triton's own cache: the disassembler takes half a second."""
-    from triton.runtime.cache import get_cache_manager
-
-    store = get_cache_manager(hashlib.sha256(b"mmfast audit" + cubin).hexdigest())
-    path = store.get_file("kernel.sass")
-    if path is not None:
-        return Path(path).read_text()
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder, "kernel.cubin")
-        binary.write_bytes(cubin)
-        text = _tool("cuobjdump", "-res-usage", str(binary)) + _tool("nvdisasm", "-c", str(binary))
-    store.put(text, "kernel.sass", binary=False)
-    return text
-
-
-def _inspect(task: Task, compilation: Any, code: str, shared: int) -> Result:
-    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", code)}
-    if "REG" not in resources:
-        raise RuntimeError(f"audit: cannot read the registers of {task.label} from: {code[:200]}")
-    # A spill shows as a stack frame and as instructions on local memory; so does an array with a run-time index.
-    spills = resources.get("STACK", 0) + resources.get("LOCAL", 0) + len(re.findall(r"\b(?:LDL|STL)\b", code))
-    loads = _widths(r"\b(?:LDG|LDGSTS)((?:\.\w+)*)", code)
-    stores = _widths(r"\b(?:STG)((?:\.\w+)*)", code)
-    problems = []
+def _inspect(task: Task, compilation: Any, kernel: Any) -> Result:
+    code = _sass.disassemble(kernel.asm["cubin"])
+    spills, shared = _sass.spills(code), kernel.metadata.shared
+    loads, stores, tensor = _sass.loads(code), _sass.stores(code), _sass.tensor_instructions(code)
+    problems: list[str] = []
+    notes: tuple[str, ...] = ()
     if spills:
         problems.append(f"spills ({spills})")
     if shared > SHARED_LIMIT[task.arch]:
         problems.append(f"shared memory {shared} > {SHARED_LIMIT[task.arch]}")
-    if compilation.vector_loads and not _wide(loads):
+    if compilation.vector_loads and not _sass.widest(loads):
         problems.append("no 128-bit loads")
-    if compilation.vector_stores and not _wide(stores):
+    if compilation.vector_stores and not _sass.widest(stores):
         problems.append("no 128-bit stores")
-    threads = 32 * compilation.num_warps
-    return Result(task, resources["REG"], threads, spills, shared, loads, stores, tuple(problems))
+    wanted = _sass.TENSOR_CORE[task.arch]
+    if compilation.tensor_cores and not any(tensor[name] for name in wanted):
+        problems.append(f"no {' or '.join(wanted)}")
+    if task.arch == 90:
+        problems += [f"a {tile} dot without wgmma" for tile in dict.fromkeys(_sass.slow_dots(kernel.asm["ttgir"]))]
+        if tensor["HGMMA"]:
+            notes = _sass.wgmma_serialized(kernel.asm["ptx"], task.arch)
+    problems += _waste_problems(compilation)
+    return Result(
+        task=task,
+        registers=_sass.resources(code)["REG"],
+        threads=32 * kernel.metadata.num_warps,  # with those that warp specialization adds
+        spills=spills,
+        shared=shared,
+        loads=loads,
+        stores=stores,
+        tensor=tensor,
+        problems=tuple(problems),
+        notes=tuple(f"wgmma in turn: {reason}" for reason in notes),
+    )
 
 
-def _widths(pattern: str, code: str) -> Counter[int]:
-    """How many instructions move how many bits a thread; without a suffix that names a width it is 32."""
-    counts: Counter[int] = Counter()
-    for suffixes in re.findall(pattern, code):
-        parts = suffixes.split(".")
-        named = [int(part) for part in parts if part in ("64", "128", "256")]
-        narrow = [int(part[1:]) for part in parts if part in ("U8", "S8", "U16", "S16")]
-        counts[256 if "ENL2" in parts else (named or narrow or [32])[-1]] += 1
-    return counts
-
-
-def _wide(counts: Counter[int]) -> int:
-    return sum(count for bits, count in counts.items() if bits >= 128)
-
-
-def _tool(name: str, *args: str) -> str:
-    """Output of one of the tools that Triton's wheel carries."""
-    import triton.backends.nvidia
-
-    path = Path(triton.backends.nvidia.__file__).parent / "bin" / name
-    done = subprocess.run([str(path), *args], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"audit: {name} failed: {(done.stderr or done.stdout).strip()[:300]}")
-    return done.stdout
+def _waste_problems(compilation: Any) -> list[str]:
+    if compilation.waste_limit is None:
+        return []
+    if compilation.waste is None:
+        return ["has a waste_limit and no waste"]
+    if compilation.waste <= compilation.waste_limit:
+        return []
+    return [f"{compilation.waste:.3f} FLOPs issued per useful one > {compilation.waste_limit}"]
 
 
 def _cores() -> int:
@@ -222,8 +209,8 @@ def _command_line(args: argparse.Namespace) -> list[str]:
     return [*line, "--problems"] if args.problems else line
 
 
-def _counts(counts: Counter[int]) -> str:
-    return " ".join(f"{count}x{bits}" for bits, count in sorted(counts.items(), reverse=True)) or "-"
+def _counts(counts: Counter[Any]) -> str:
+    return " ".join(f"{count}x{what}" for what, count in sorted(counts.items(), reverse=True)) or "-"
 
 
 def _print_table(results: list[Result]) -> None:
@@ -232,11 +219,12 @@ def _print_table(results: list[Result]) -> None:
     from ._console import console
 
     table = Table(title="Kernels as they ship", title_justify="left")
-    for column in ("op", "configuration", "sm"):
-        table.add_column(column, no_wrap=column != "configuration")
+    table.add_column("op", no_wrap=True)
+    table.add_column("configuration", min_width=24)
+    table.add_column("sm", no_wrap=True)
     for column in ("threads", "registers", "spills", "shared B"):
         table.add_column(column, justify="right")
-    for column in ("loads, bits", "stores, bits", "verdict"):
+    for column in ("loads, bits", "stores, bits", "tensor cores", "verdict"):
         table.add_column(column)
     for result in results:
         table.add_row(
@@ -246,10 +234,43 @@ def _print_table(results: list[Result]) -> None:
             *map(str, (result.threads, result.registers, result.spills, result.shared)),
             _counts(result.loads),
             _counts(result.stores),
-            f"[red]{'; '.join(result.problems)}[/]" if result.problems else "[green]ok[/]",
+            _counts(result.tensor),
+            _verdict(result),
         )
     if results:
         console.print(table)
+
+
+def _verdict(result: Result) -> str:
+    verdict = f"[red]{'; '.join(result.problems)}[/]" if result.problems else "[green]ok[/]"
+    return "; ".join([verdict, *result.notes])
+
+
+def _print_waste(results: list[Result]) -> None:
+    """A line for each op and number: several configurations of one shape have the same."""
+    from rich.table import Table
+
+    from ._console import console
+
+    found = configurations()
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for op, label in dict.fromkeys((result.task.op, result.task.label) for result in results):
+        compilation = found[op, label]
+        if compilation.waste is not None:
+            limit = "-" if compilation.waste_limit is None else f"{compilation.waste_limit:.2f}"
+            color = "red" if _waste_problems(compilation) else "green"
+            lines.setdefault((op, f"[{color}]{compilation.waste:.3f}[/]", limit), []).append(label)
+    if not lines:
+        return
+    table = Table(title="FLOPs issued per useful FLOP", title_justify="left")
+    for column in ("op", "configuration"):
+        table.add_column(column)
+    for column in ("issued / useful", "limit"):
+        table.add_column(column, justify="right")
+    for (op, waste, limit), labels in lines.items():
+        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        table.add_row(op, labels[0].replace("[", r"\[") + more, waste, limit)
+    console.print(table)
 
 
 def _print_summary(results: list[Result]) -> None:
@@ -261,8 +282,10 @@ def _print_summary(results: list[Result]) -> None:
         chosen = [result for result in results if result.task.arch == arch]
         most = max(chosen, key=lambda result: result.registers)
         bad = sum(bool(result.problems) for result in chosen)
+        noted = sum(bool(result.notes) for result in chosen)
+        aside = f", {noted} with wgmma in turn" if noted else ""
         console.print(
-            f"sm_{arch}: {len(chosen)} configurations, {bad} with a problem; at most {most.registers} registers "
+            f"sm_{arch}: {len(chosen)} configurations, {bad} with a problem{aside}; at most {most.registers} registers "
             f"({most.task.op} {most.task.label}) and {max(result.shared for result in chosen)} B of shared memory",
             markup=False,
             highlight=False,

@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="PATH", help="append one row a measurement to this file")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="append to FOLDER/<device>-<date>.csv")
     parser.add_argument("--quick", action="store_true", help="few rounds, one pass, small shapes")
+    parser.add_argument("--full", action="store_true", help="also what takes minutes: every shape, max-autotune")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="measure what has TEXT in its name")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="start no new comparison after this; take turns"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
     line += ["-o", "python_files=bench_*.py", "-o", "addopts=", "--rootdir", str(folder()), "--import-mode=importlib"]
     line += ["-p", "no:cacheprovider", "-qq", "--capture=sys", "--tb=short"]
     line += ["--benchmark-quiet", "--benchmark-disable-gc", "--device", device]
-    line += [f"--peer={peer}" for peer in args.peer] + (["--quick"] if args.quick else [])
+    line += [f"--peer={peer}" for peer in args.peer] + [f"--only={text}" for text in args.only]
+    line += [f"--{name}" for name in ("quick", "full") if getattr(args, name)]
+    line += [] if args.budget is None else [f"--budget={args.budget}"]
     for path in _csv_paths(args, device):
         line += ["--csv", str(path.absolute())]
     return int(pytest.main(line, plugins=[_Progress()]))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 
-from ._swap import Accelerated, FusedBlock
+from ._swap import Accelerated
 
-__all__ = ["Accelerated", "FusedBlock", "swaps"]
+__all__ = ["Accelerated", "swaps"]
 
 # Module that must have been imported already -> integration that knows its classes.
 _INTEGRATIONS = {
     "torch.nn": "torch_nn",
     "timm.models.vision_transformer": "timm",
     "torchvision.models.vision_transformer": "torchvision",
+    "open_clip.transformer": "open_clip",
     "transformers.models.vit.modeling_vit": "transformers.vit",
     "transformers.models.dinov2.modeling_dinov2": "transformers.dinov2",
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers": "transformers.dinov2_with_registers",

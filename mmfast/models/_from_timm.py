@@ -68,6 +68,21 @@ def timm_arguments(model: Any) -> dict[str, Any]:
     }
 
 
+def timm_normalisation(model: Any) -> dict[str, tuple[float, ...]]:
+    """Return the mean and std that a timm model was trained with, from its `pretrained_cfg` or `default_cfg`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    found = {name: config.get(name) for name in ("mean", "std")}
+    if not all(found.values()):
+        raise ValueError(
+            "ViT.from_timm: uint8=True needs a model with mean and std in pretrained_cfg; give mean and std"
+        )
+    return {name: tuple(map(float, values)) for name, values in found.items() if values}
+
+
 def _expect(module: nn.Module, where: str, kind: str) -> None:
     if type(module).__name__ != kind:
         raise TypeError(f"ViT.from_timm: {where} must be a {kind}, got {type(module).__name__}")

@@ -129,24 +129,27 @@ class ViTFeatures(nn.Module):
         head_fusion: str | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        heads: int | Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """Return the attention probabilities of chosen blocks, recomputed from their q and k.
+        """Return the attention probabilities of chosen blocks and heads, recomputed from their q and k.
 
         The other blocks run as always, and no block after the last that is wanted.
 
         Args:
             x: images (B, C, H, W).
             layers: block indices, negative ones from the end.
-            head_fusion: None, or "mean", "max" or "min" over the heads.
+            head_fusion: None, or "mean", "max" or "min" over the heads that were chosen.
             attn_mask: as in `Attention`.
             is_causal: as in `Attention`.
+            heads: one head, or several in this order, negative ones from the end; None for all. The others are not
+                computed.
 
         Returns:
-            For each of `layers`, (B, H, N, N), or (B, N, N) with fused heads: row i is what token i looks at. N counts
-            the prefix tokens.
+            For each of `layers`, (B, number of heads, N, N), or (B, N, N) with fused heads: row i is what token i
+            looks at. N counts the prefix tokens.
 
         Raises:
-            ValueError: a layer or head_fusion is invalid.
+            ValueError: a layer, a head or head_fusion is invalid.
             TypeError: a chosen block is not `Block` with mmfast's `Attention`.
         """
         model = cast("ViT", self)
@@ -161,7 +164,7 @@ class ViTFeatures(nn.Module):
         maps = {}
         for index in set(taken):
             block = model.blocks[index]
-            found = block.attn.probabilities(block.norm1(states[index]), attn_mask, is_causal)
+            found = block.attn.probabilities(block.norm1(states[index]), attn_mask, is_causal, heads)
             maps[index] = found if head_fusion is None else _fuse(found, head_fusion)
         return [maps[index] for index in taken]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from ..nn import AttentionPoolLatent, AttentionPoolPrr, PatchDropout, PatchEmbed
 from ..nn.drop import check_rate
 from ..nn.mlp import get_mlp_layer
 from . import _vit_args as args
-from ._from_timm import timm_arguments
+from ._from_timm import timm_arguments, timm_normalisation
 from ._pos_embed import check_rule, resample_pos_embed
 from ._vit_block import Block, run_fused, stream_fusable
+from ._vit_embed import embed_in_one
 from ._vit_features import ViTFeatures
 from ._vit_init import MODES, init_vit
 
@@ -26,8 +27,9 @@ Size = int | tuple[int, int]
 class ViT(ViTFeatures):
     """Vision Transformer. Arguments, defaults, parameter names and initialisation are timm's `VisionTransformer`'s.
 
-    Every residual add, LayerScale, drop path and the LayerNorm after it, across blocks and with the final norm, is
-    one `mmfast.ops.add_layer_norm`. Modules that carry hooks or are replaced are called as they are.
+    Patches, class and register tokens and positions are one `mmfast.ops.patch_embed`; every residual add, LayerScale,
+    drop path and the LayerNorm after it, across blocks and with the final norm, is one `mmfast.ops.add_layer_norm`.
+    Modules that carry hooks or are replaced are called as they are.
 
     Args:
         img_size: (height, width) of the images, or one number for both.
@@ -75,10 +77,14 @@ class ViT(ViTFeatures):
         head_act: "softmax" for class probabilities instead of logits.
         pos_embed_resample: how positions are resampled to another grid: "timm", "transformers" or "dinov2".
         pos_embed_antialias: overrides the rule's own.
+        mean: in_chans numbers; with std, uint8 images are accepted and become `(images / 255 - mean) / std`. Floating
+            images are taken as they are. Passed on to embed_layer where given.
+        std: likewise.
 
     Raises:
         ValueError: an argument is out of its range, or two contradict each other; in forward, the image does not fit.
-        TypeError: a constructor is not one; in forward, the image is not floating point.
+        TypeError: a constructor is not one; in forward, the image is neither floating point nor, with mean and std,
+            uint8.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929; timm 1.0.31.
     """
@@ -131,6 +137,8 @@ class ViT(ViTFeatures):
         head_act: str | None = None,
         pos_embed_resample: str = "timm",
         pos_embed_antialias: bool | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         args.check_pool(global_pool, class_token)
@@ -168,6 +176,8 @@ class ViT(ViTFeatures):
             embed_args.update(strict_img_size=False, output_fmt="NHWC")
         if embed_norm_layer is not None:
             embed_args["norm_layer"] = embed_norm_layer
+        if mean is not None or std is not None:
+            embed_args.update(mean=mean, std=std)
         self.patch_embed: Any = embed_layer(
             img_size=img_size,
             patch_size=patch_size,
@@ -241,16 +251,20 @@ class ViT(ViTFeatures):
         init_vit(self, "reset" if mode == "skip" else mode or self.weight_init_mode, needs_reset=needs_reset)
 
     @classmethod
-    def from_timm(cls, model: nn.Module, **overrides: Any) -> ViT:
+    def from_timm(cls, model: nn.Module, *, uint8: bool = False, **overrides: Any) -> ViT:
         """Build a ViT with the configuration and the weights of a timm `VisionTransformer`.
 
         Args:
             model: the timm model.
+            uint8: accept uint8 images too, normalised by the mean and std of the model's `pretrained_cfg`.
             **overrides: constructor arguments that replace the model's, e.g. `pos_embed_resample`.
 
         Raises:
             TypeError: the model is not a `VisionTransformer`, or has a part that ViT does not.
+            ValueError: uint8 is asked for, and the model has no mean and std.
         """
+        if uint8:
+            overrides = {**timm_normalisation(model), **overrides}
         first = next(model.parameters())
         config = {"device": first.device, "dtype": first.dtype, **timm_arguments(model), "weight_init": "skip"}
         vit = cls(**{**config, **overrides})
@@ -335,7 +349,9 @@ class ViT(ViTFeatures):
         return self.pos_drop(x if self.no_embed_class else x + pos_embed)
 
     def _embed(self, x: Tensor) -> Tensor:
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        own = type(self)._pos_embed is not ViT._pos_embed or "_pos_embed" in self.__dict__
+        tokens = None if own else embed_in_one(self, x)
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)) if tokens is None else tokens))
 
     def _run_blocks(
         self,

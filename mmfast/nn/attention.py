@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends
+from ..ops import attention, attention_maps, attention_qkv
+from ..ops._attention import attention_torch
+from ..ops.attention_qkv import attention_qkv_torch
 from ._init import trunc_normal_
 from .mlp import Mlp
 
@@ -16,6 +19,10 @@ Layer = Callable[..., nn.Module]
 
 class Attention(nn.Module):
     """Multi-head self-attention with a packed q, k, v projection.
+
+    The projection goes into `mmfast.ops.attention_qkv` as it is; with qk_norm, its heads into `mmfast.ops.attention`.
+    Where `attn_drop` carries a hook or is another module, it is called on the probabilities, as in unfused attention:
+    a hook on it is how tools record attention maps.
 
     Args:
         dim: width D of the input.
@@ -94,34 +101,62 @@ class Attention(nn.Module):
         Args:
             x: (B, N, D).
             attn_mask: broadcastable to (B, H, N, N); boolean (True attends) or added to the scores.
-            is_causal: each token sees itself and those before it; not together with attn_mask.
+            is_causal: each token sees itself and those before it; together with attn_mask, both hold.
 
         Returns:
             (B, N, dim_out).
         """
-        q, k, v = self._heads(x)
-        dropout = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
-        out = self.norm(out.transpose(1, 2).reshape(x.shape[0], x.shape[1], self.attn_dim))
+        out = self.norm(self._attend(x, attn_mask, is_causal))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
-    def probabilities(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def _attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Return the heads' output (B, N, H * d)."""
+        drop = self.attn_drop
+        if not is_plain(drop, nn.Dropout, nn.Identity):
+            q, k, v = self._heads(x)
+            p = attention_maps(q, k, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale)
+            return self._join(drop(p) @ v)
+        dropout = drop.p if self.training and isinstance(drop, nn.Dropout) else 0.0
+        direct = backends.torch_serves(x)  # the ops' checks cost a tiny model on a CPU a tenth of its time
+        if is_plain(self.q_norm, nn.Identity) and is_plain(self.k_norm, nn.Identity):
+            packed = attention_qkv_torch if direct else attention_qkv
+            return packed(self.qkv(x), self.num_heads, attn_mask, dropout, is_causal)
+        q, k, v = self._heads(x)
+        if direct:
+            return self._join(attention_torch(q, k, v, attn_mask, dropout, is_causal, None, False))
+        return self._join(attention(q, k, v, attn_mask, dropout, is_causal))
+
+    def _join(self, out: Tensor) -> Tensor:
+        """Lay heads (B, H, N, d) side by side, (B, N, H * d)."""
+        return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], self.attn_dim)
+
+    def probabilities(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        heads: int | Sequence[int] | None = None,
+    ) -> Tensor:
         """Return the attention probabilities (B, H, N, N) that `forward` applies, before dropout.
 
-        A row whose keys are all masked is 0.
+        `heads` chooses heads, as in `mmfast.ops.attention_maps`. A row whose keys are all masked is 0.
         """
         q, k, _ = self._heads(x)
-        scores = (q * self.scale) @ k.transpose(-2, -1)
-        if is_causal:
-            attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
-        if attn_mask is None:
-            return scores.softmax(dim=-1)
-        masks = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if masks else scores + attn_mask
-        empty = scores.amax(dim=-1, keepdim=True) == float("-inf")
-        return scores.softmax(dim=-1).masked_fill(empty, 0.0)
+        return attention_maps(q, k, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale, heads=heads)
+
+
+def is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether `module` is exactly one of `kinds` and calling it does no more than its class's forward."""
+    return (
+        type(module) in kinds
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+    )
 
 
 class AttentionPoolLatent(nn.Module):
@@ -181,7 +216,8 @@ class AttentionPoolLatent(nn.Module):
         q = self.q(self.latent.expand(batch, -1, -1)).reshape(batch, 1, self.num_heads, self.head_dim).transpose(1, 2)
         kv = self.kv(x).reshape(batch, length, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        attend = attention_torch if backends.torch_serves(x) else attention
+        out = attend(q, k, v, attn_mask, 0.0, False, None, False)
         out = self.proj(out.transpose(1, 2).reshape(batch, 1, width))
         return (out + self.mlp(self.norm(out)))[:, 0]
 
@@ -216,5 +252,6 @@ class AttentionPoolPrr(nn.Module):
         """Pool x (B, N, D) to (B, D)."""
         batch, length, width = x.shape
         heads = x.reshape(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
-        x = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(batch, length, width)
+        attend = attention_torch if backends.torch_serves(x) else attention
+        x = attend(heads, heads, heads, None, 0.0, False, None, False).transpose(1, 2).reshape(batch, length, width)
         return x[:, 0] if self.pool == "token" else x.mean(dim=1)

@@ -1,4 +1,8 @@
-"""Feed-forward networks of a transformer block: `Mlp`, `GluMlp` (SwiGLU packed) and `SwiGLU`, with timm's names."""
+"""Feed-forward networks of a transformer block: `Mlp`, `GluMlp` (SwiGLU packed), `SwiGLU` and `GEGLU`.
+
+Where it may, the first linear layer and its activation are one `mmfast.ops.linear_act`: not on a CPU, not with an
+activation that the op lacks, and not where a hook, a wrapper or a parametrization makes a module more than it was.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .activation import linear_then
 
 T = TypeVar("T")
 Layer = Callable[..., nn.Module]
@@ -60,8 +67,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(self.norm(x)))
+        hidden = linear_then(self.fc1, self.act, x)
+        if hidden is None:
+            hidden = self.act(self.fc1(x))
+        return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
 
 
 class GluMlp(nn.Module):
@@ -126,9 +135,11 @@ class GluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
-        first, second = self.fc1(x).chunk(2, dim=-1)
-        x = first * self.act(second) if self.gate_last else self.act(first) * second
-        return self.drop2(self.fc2(self.norm(self.drop1(x))))
+        hidden = linear_then(self.fc1, self.act, x, gate_last=self.gate_last)
+        if hidden is None:
+            first, second = self.fc1(x).chunk(2, dim=-1)
+            hidden = first * self.act(second) if self.gate_last else self.act(first) * second
+        return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
 
 
 SwiGLUPacked = partial(GluMlp, act_layer=nn.SiLU, gate_last=False)
@@ -193,6 +204,41 @@ class SwiGLU(nn.Module):
         x = self.act(self.fc1_g(x)) * self.fc1_x(x)
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
+
+class GEGLU(nn.Module):
+    """A linear layer gated by GELU: of the halves (a, b) of `proj(x)`, `a * gelu(b)`.
+
+    Args:
+        dim_in: width of the input.
+        dim_out: width of the output; `proj` has twice as many.
+        bias: of the linear layer.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202; diffusers' `GEGLU`: parameter `proj`.
+    """
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., dim_in) to (..., dim_out)."""
+        fused = linear_then(self.proj, _GELU, x, gate_last=True)
+        if fused is not None:
+            return fused
+        hidden, gate = self.proj(x).chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+
+_GELU = nn.GELU()
 
 MLPS: dict[str, Layer] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends
+from ..ops import patch_embed
+from ..ops._patch_embed_torch import normalised
+from .activation import _plain_tensor, any_global_hook, hooked
 from .layer_norm import LayerNorm
 
 Size = int | tuple[int, int]
@@ -28,8 +32,33 @@ def pair_of_sizes(owner: str, name: str, size: Size) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
+def check_normalisation(
+    owner: str, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and std as tuples of `channels` numbers, or None where neither is given.
+
+    Raises:
+        ValueError: one is given without the other, has another length, is not finite, or std is not positive.
+    """
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        missing = "mean" if mean is None else "std"
+        raise ValueError(f"{owner}: mean and std must be given together, got no {missing}")
+    found = tuple(float(m) for m in mean), tuple(float(s) for s in std)
+    for name, values in zip(("mean", "std"), found, strict=True):
+        if len(values) != channels:
+            raise ValueError(f"{owner}: {name} must have in_chans={channels} numbers, got {len(values)}")
+        if not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0.0):
+            wanted = "positive and finite" if name == "std" else "finite"
+            raise ValueError(f"{owner}: {name} must be {wanted}, got {values}")
+    return found
+
+
 class PatchEmbed(nn.Module):
     """Split images into P x P patches and project each: a convolution whose stride is its kernel.
+
+    Where tokens are returned and `proj` is a plain convolution without hooks, they are one `mmfast.ops.patch_embed`.
 
     Args:
         img_size: (height, width) of the images, or one number for both; None accepts any.
@@ -44,12 +73,19 @@ class PatchEmbed(nn.Module):
         dynamic_img_pad: pad images with zeros at the right and the bottom to multiples of patch_size.
         device: of the parameters.
         dtype: of the parameters.
+        mean: in_chans numbers; with std, uint8 images are accepted and become `(images / 255 - mean) / std`. Floating
+            images are taken as they are.
+        std: likewise. Both are plain attributes, not parameters or buffers.
 
     Raises:
-        ValueError: a size or output_fmt is invalid; in forward, the image does not fit.
+        ValueError: a size, output_fmt, mean or std is invalid; in forward, the image does not fit.
+        TypeError: in forward, the image is neither floating point nor, with mean and std, uint8.
 
     Source: timm's `PatchEmbed`: parameters `proj`, `norm`.
     """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __init__(
         self,
@@ -65,6 +101,9 @@ class PatchEmbed(nn.Module):
         dynamic_img_pad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if output_fmt is not None and output_fmt not in FORMATS:
@@ -79,6 +118,9 @@ class PatchEmbed(nn.Module):
             in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias, device=device, dtype=dtype
         )
         self.norm = norm_layer(embed_dim, device=device, dtype=dtype) if norm_layer else nn.Identity()
+        normalisation = check_normalisation("PatchEmbed", mean, std, in_chans)
+        if normalisation is not None:
+            self.mean, self.std = normalisation
 
     def _set_img_size(self, img_size: Size | None) -> None:
         self.img_size: tuple[int, int] | None = None
@@ -124,8 +166,9 @@ class PatchEmbed(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
             expected = f"(B, {self.proj.in_channels}, H, W)"
             raise ValueError(f"PatchEmbed: images must have shape {expected}, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"PatchEmbed: images must be floating point (normalise them first), got {x.dtype}")
+        if not x.is_floating_point() and (x.dtype != torch.uint8 or self.mean is None):
+            hint = "normalise them first, or give mean and std" if x.dtype == torch.uint8 else "normalise them first"
+            raise TypeError(f"PatchEmbed: images must be floating point ({hint}), got {x.dtype}")
         if self.img_size is None:
             return
         height, width = x.shape[-2:]
@@ -141,13 +184,38 @@ class PatchEmbed(nn.Module):
                 f"got {(height, width)} (dynamic_img_pad=True pads it)"
             )
 
+    def prepare(self, x: Tensor, *, fold: bool) -> Tensor:
+        """Check images and pad them. uint8 ones are normalised, unless `fold` says that an op will and none is padded.
+
+        A padded pixel is zero after the normalisation.
+        """
+        self._check(x)
+        pads = [0, 0]
+        if self.dynamic_img_pad:
+            pads = [-size % patch for size, patch in zip(x.shape[-2:], self.patch_size, strict=True)]
+        if x.dtype == torch.uint8 and (not fold or any(pads)):
+            x = normalised(x, self.mean, self.std, 255.0, self.proj.weight.dtype)
+        return F.pad(x, (0, pads[1], 0, pads[0])) if self.dynamic_img_pad else x
+
+    def op_serves(self, x: Tensor) -> bool:
+        """Whether `mmfast.ops.patch_embed` may stand in for `proj`: on a CPU its own call is as good."""
+        return not backends.torch_serves(x) and plain_projection(self.proj) and takes_pixels(x, self.proj)
+
+    def tokens(self, x: Tensor, **added: Tensor | None) -> Tensor:
+        """Embed prepared images by the op: (B, N, D), with what `mmfast.ops.patch_embed` adds."""
+        mean, std = (self.mean, self.std) if x.dtype == torch.uint8 else (None, None)
+        return patch_embed(x, self.proj.weight, self.proj.bias, mean=mean, std=std, **added)
+
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (B, C, H, W) as (B, N, D), or in `output_fmt`."""
-        self._check(x)
-        if self.dynamic_img_pad:
-            height, width = x.shape[-2:]
-            x = F.pad(x, (0, -width % self.patch_size[1], 0, -height % self.patch_size[0]))
-        x = self.proj(x)
+        tokens = self.flatten or self.output_fmt in ("NLC", "NHWC")
+        if tokens and isinstance(x, Tensor) and x.dim() == 4 and self.op_serves(x):
+            x = self.prepare(x, fold=True)
+            y = self.tokens(x)
+            if not self.flatten and self.output_fmt == "NHWC":
+                y = y.unflatten(1, (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1]))
+            return self.norm(y)
+        x = self.proj(self.prepare(x, fold=False))
         if self.flatten or self.output_fmt == "NLC":
             x = x.flatten(2).transpose(1, 2)
         elif self.output_fmt == "NHWC":
@@ -155,6 +223,29 @@ class PatchEmbed(nn.Module):
         elif self.output_fmt == "NCL":
             x = x.flatten(2)
         return self.norm(x)
+
+
+def plain_projection(proj: Any) -> bool:
+    """Whether a call of `proj` is a convolution whose stride is its kernel and nothing else: no hooks, no wrapper."""
+    return (
+        type(proj) is nn.Conv2d
+        and proj.stride == proj.kernel_size
+        and proj.padding in ((0, 0), "valid")
+        and proj.dilation == (1, 1)
+        and proj.groups == 1
+        and not hooked(proj)
+        and not any_global_hook()
+    )
+
+
+def takes_pixels(x: Tensor, proj: nn.Conv2d) -> bool:
+    """Whether the op takes these images with this weight: plain tensors, and dtypes that a convolution takes too."""
+    tensors = [t for t in (x, proj.weight, proj.bias) if t is not None]
+    if not all(_plain_tensor(t) and t.device == x.device for t in tensors):
+        return False
+    kinds = {t.dtype for t in tensors if t.is_floating_point()}
+    casts = x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+    return len(kinds) == 1 or (casts and torch.float64 not in kinds)
 
 
 class NormedPatchEmbed(PatchEmbed):
@@ -185,10 +276,7 @@ class NormedPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (B, C, H, W) as (B, N, D), or in `output_fmt`."""
-        self._check(x)
-        (ph, pw), (height, width) = self.patch_size, x.shape[-2:]
-        if self.dynamic_img_pad:
-            x = F.pad(x, (0, -width % pw, 0, -height % ph))
+        x, (ph, pw) = self.prepare(x, fold=False), self.patch_size
         batch, channels, height, width = x.shape
         rows, columns = height // ph, width // pw
         x = x[..., : rows * ph, : columns * pw].reshape(batch, channels, rows, ph, columns, pw)

@@ -1,9 +1,34 @@
 """The operators: functions of tensors with autograd, torch.compile and autocast support."""
 
 from .add_layer_norm import add_layer_norm
+from .attention import attention
+from .attention_maps import attention_maps
+from .attention_qkv import attention_qkv
+from .attention_varlen import attention_varlen
 from .layer_norm import layer_norm
+from .linear_act import linear_act
+from .patch_embed import patch_embed
 
-NAMES = ("layer_norm", "add_layer_norm")
+NAMES = (
+    "layer_norm",
+    "add_layer_norm",
+    "attention",
+    "attention_qkv",
+    "attention_maps",
+    "attention_varlen",
+    "linear_act",
+    "patch_embed",
+)
 """Every op. `mmfast.ops.X`, `mmfast.reference.X`, `mmfast.kernels.X` and `benchmarks/bench_X.py` exist for each."""
 
-__all__ = ["NAMES", "add_layer_norm", "layer_norm"]
+__all__ = [
+    "NAMES",
+    "add_layer_norm",
+    "attention",
+    "attention_maps",
+    "attention_qkv",
+    "attention_varlen",
+    "layer_norm",
+    "linear_act",
+    "patch_embed",
+]

@@ -1,6 +1,21 @@
 """The definition of each op in plain torch: runnable in float64, differentiable, the truth that ops are graded by."""
 
 from .add_layer_norm import add_layer_norm
+from .attention import attention
+from .attention_maps import attention_maps
+from .attention_qkv import attention_qkv
+from .attention_varlen import attention_varlen
 from .layer_norm import layer_norm
+from .linear_act import linear_act
+from .patch_embed import patch_embed
 
-__all__ = ["add_layer_norm", "layer_norm"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_maps",
+    "attention_qkv",
+    "attention_varlen",
+    "layer_norm",
+    "linear_act",
+    "patch_embed",
+]

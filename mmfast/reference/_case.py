@@ -15,10 +15,14 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Case:
-    """Arguments of an op, drawn when they are first asked for. Gradients are checked for each tensor among them."""
+    """Arguments of an op, drawn when they are first asked for.
+
+    Gradients are checked for each floating tensor among them but those whose names are in `constants`.
+    """
 
     label: str
     draw: Callable[[], Inputs]
+    constants: tuple[str, ...] = ()
 
     @cached_property
     def inputs(self) -> Inputs:

@@ -8,17 +8,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mmfast import cli
-from mmfast.benchmarks import _harness, _results
+from mmfast.benchmarks import _harness, _limits, _results, conftest
 from mmfast.benchmarks._harness import Options, Record, Spec
+from mmfast.benchmarks._limits import Limits
 from mmfast.commands import bench
 
 SPEC = Spec("layer_norm", "mmfast", "forward", (10, 20), "fp32")
+
+
+def rows_of(*records: Record, limits: Limits | None = None) -> list[dict[str, str]]:
+    return _results.rows(records, limits or Limits(Options()), Options())
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def test_command_appends_a_row_a_measurement(tmp_path: Path) -> None:
@@ -30,7 +41,7 @@ def test_command_appends_a_row_a_measurement(tmp_path: Path) -> None:
     done = subprocess.run([*line, "--csv", str(path)], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode in (0, 1), done.stderr
     assert f"rows appended to {path}" in done.stdout
-    _results.append(path, _results.rows([Record(SPEC, times=[1.0])], None, Options()))
+    _results.append(path, rows_of(Record(SPEC, times=[1.0])))
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     ways = {"F.layer_norm", "autograd.Function", "define/impl", "custom_op", "mmfast.ops.layer_norm"}
@@ -45,7 +56,7 @@ def test_command_appends_a_row_a_measurement(tmp_path: Path) -> None:
 def test_row_holds_bandwidth_and_its_share_of_the_copy() -> None:
     copy = Record(Spec("copy", "torch", "forward", (1,), "int8"), times=[1e-3] * 3, moved=4_000_000)
     record = Record(SPEC, times=[4e-6, 1e-6, 2e-6, 3e-6, 5e-6], moved=6000, images=3)
-    row = _results.rows([record], copy, Options())[1]
+    (row,) = rows_of(record, limits=Limits(Options(), copy))
     assert row["median_us"] == "3.000"
     assert (row["p20_us"], row["p80_us"]) == ("1.800", "4.200")
     assert row["gb_per_s"] == "2.0"  # 6000 B in 3 us
@@ -54,12 +65,146 @@ def test_row_holds_bandwidth_and_its_share_of_the_copy() -> None:
     assert row["rounds"] == "5"
 
 
+def test_row_holds_flops_beside_the_limits_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_results._machine, "device_name", lambda device: "NVIDIA H200")
+    copy = Record(Spec("copy", "torch", "forward", (1,), "int8"), times=[1.0], moved=4 * 10**12)
+    product = Record(Spec("matmul", "torch", "forward", (1, 1, 1), "bf16"), times=[1.0], flops=700 * 10**12)
+    limits = Limits(Options(), copy, {"bf16": product})
+    spec = Spec("attention", "eager", "forward", (1,), "bf16")
+    record = Record(spec, times=[20e-6], moved=8 * 10**6, flops=7 * 10**9, backend="cudnn")
+    (row,) = rows_of(record, limits=limits)
+    assert row["tflop_per_s"] == "350"
+    assert row["matmul_percent"] == "50.0"
+    assert row["peak_percent"] == "35.4"  # of the data sheet's 989
+    assert (row["limit_us"], row["limit_percent"]) == ("10.000", "50.0")  # the products take longer than the bytes
+    assert row["backend"] == "cudnn"
+    record.moved *= 6
+    assert rows_of(record, limits=limits)[0]["limit_us"] == "12.000"  # now the bytes do
+    record.limit = 16e-6
+    assert rows_of(record, limits=limits)[0]["limit_percent"] == "80.0"
+    record.spec = Spec("attention", "eager", "forward", (1,), "fp32")  # whose product was not measured
+    assert rows_of(record, limits=limits)[0]["matmul_percent"] == ""
+
+
+def test_limits_are_measured_once_a_run_and_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(_limits, "copy_bandwidth", lambda options: ran.append("copy") or Record(SPEC, times=[1.0]))
+    monkeypatch.setattr(_limits, "product_rate", lambda dtype, options: ran.append(dtype) or Record(SPEC, times=[1.0]))
+    limits = Limits(Options())
+    for flops, dtype in ((0, "fp32"), (1, "bf16"), (1, "bf16"), (1, "fp32")):
+        limits.measure(Record(Spec("op", "eager", "forward", (1,), dtype), flops=flops))
+    assert ran == ["copy", "bf16", "fp32"]
+    assert len(limits.records) == 3
+
+
+def test_product_rate_counts_multiplications_and_additions() -> None:
+    record = _limits.product_rate("fp32", Options(quick=True))
+    assert record.flops == 2 * 256**3
+    assert len(record.times) == 10
+    assert _limits.flops_rate(record) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"), [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", None)]
+)
+def test_data_sheet_is_found_by_name(name: str, flops: float | None) -> None:
+    found = _limits.sheet(name)
+    assert (found and found.flops) == flops
+
+
 def test_a_file_with_other_columns_is_not_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "old.csv"
     path.write_text("op,time\nx,1\n")
     with pytest.raises(ValueError, match="other columns"):
-        _results.append(path, _results.rows([Record(SPEC, times=[1.0])], None, Options()))
+        _results.append(path, rows_of(Record(SPEC, times=[1.0])))
     assert path.read_text() == "op,time\nx,1\n"
+
+
+def test_a_file_of_an_earlier_version_gets_the_new_columns(tmp_path: Path) -> None:
+    path = tmp_path / "old.csv"
+    earlier = _results.COLUMNS[: _results.COLUMNS.index("date") + 1]
+    path.write_text(f"{','.join(earlier)}\n{','.join(f'{name}-1' for name in earlier)}\n")
+    _results.append(path, rows_of(Record(SPEC, times=[1.0], backend="triton")))
+    before, added = read(path)
+    assert tuple(before) == _results.COLUMNS
+    assert all(before[name] == f"{name}-1" for name in earlier)
+    assert before["backend"] == ""
+    assert added["backend"] == "triton"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_committed_results_can_be_appended_to(tmp_path: Path) -> None:
+    committed = sorted((bench.folder() / "results").glob("*.csv"))
+    if not committed:
+        pytest.skip("an installed copy has no results")
+    for path in committed:
+        copied = tmp_path / path.name
+        copied.write_bytes(path.read_bytes())
+        _results.append(copied, rows_of(Record(SPEC, times=[1.0])))
+        assert len(read(copied)) == len(read(path)) + 1
+
+
+def test_rows_are_written_a_group_at_a_time_and_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    state = conftest.Run(Options(), [path], None)
+    for shape in ((1,), (2,)):
+        for provider in ("eager", "mmfast"):
+            spec = Spec("op", provider, "forward", shape, "fp32")
+            state.records[spec] = Record(spec, times=[1.0])
+        state.write()
+        assert read(path)[-1]["shape"] == str(shape[0])
+    state.write()
+    assert [row["provider"] for row in read(path)] == ["eager", "mmfast"] * 2
+
+
+class Item:
+    """A test as the order of a run sees it."""
+
+    def __init__(self, path: str, spec: Spec | None) -> None:
+        self.path, self.callspec = Path(path), SimpleNamespace(params={"spec": spec} if spec else {})
+
+
+def test_files_take_turns_when_there_is_a_budget() -> None:
+    def of(path: str, shapes: str) -> list[Any]:
+        return [
+            Item(path, Spec(path, provider, "forward", (int(shape),), "fp32"))
+            for shape in shapes
+            for provider in ("eager", "mmfast")
+        ]
+
+    order = conftest.in_turn([*of("a", "123"), *of("b", "45"), Item("b", None), *of("c", "6")])
+    found = [f"{item.path}{spec.shape[0]}" if (spec := conftest.spec_of(item)) else "bound" for item in order]
+    assert found == ["a1", "a1", "b4", "b4", "c6", "c6", "a2", "a2", "b5", "b5", "a3", "a3", "bound"]
+
+
+def test_a_group_is_finished_and_none_is_begun_when_time_is_up() -> None:
+    state = conftest.Run(Options(), [], 60.0)
+    state.enter(("op", "forward", (1,), "fp32"))
+    state.started -= 61
+    state.enter(("op", "forward", (1,), "fp32"))
+    with pytest.raises(pytest.skip.Exception, match="op forward 2x3 bf16: no time left"):
+        state.enter(("op", "forward", (2, 3), "bf16"))
+    state.enter(None)  # a bound on time is no measurement
+
+
+def test_only_names_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    line = [sys.executable, "-m", "mmfast.cli", "bench", "attention_qkv", "--quick", "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [*line, "--only", "attention_qkv forward 2x3x197x64 fp32 eager", "--csv", str(path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    copy, matmul, row = read(path)
+    assert (copy["op"], matmul["op"], row["op"], row["provider"]) == ("copy", "matmul", "attention_qkv", "eager")
+    assert row["backend"] == "flash_for_cpu"
+    assert matmul["matmul_percent"] == "100.0"
+    rate = 4 * 2 * 3 * 197**2 * 64 / float(row["median_us"]) / 1e6
+    assert float(row["tflop_per_s"]) == pytest.approx(rate, rel=1e-3)
 
 
 def test_passes_are_outermost_and_providers_alternate() -> None:

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import mmfast
+
 DEPTH = 2
 IMAGE = (3, 16, 16)
 
 
 class Family(NamedTuple):
-    """How to build one kind of model, and the names of the submodules that its accelerated block stands in for."""
+    """How to build one kind of model, the submodules that its accelerated block stands in for, its attention op."""
 
     build: Callable[[], nn.Module]
     block: Callable[[Any], Any]
     bypassed: tuple[str, ...]
+    attention: str = "attention"
 
 
 def images(batch: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -41,10 +44,13 @@ def _torchvision() -> nn.Module:
 
     model = VisionTransformer(16, 8, DEPTH, 2, 16, 32, dropout=0.2, num_classes=5)
     nn.init.normal_(model.heads.head.weight)  # zero by default
+    for block in model.encoder.layers:
+        # After attention the original draws its mask for a transposed view, the op for a contiguous tensor.
+        block.dropout.p = 0.0
     return model
 
 
-_SIZES = {
+SIZES = {
     "image_size": 16,
     "patch_size": 8,
     "hidden_size": 16,
@@ -57,21 +63,21 @@ _SIZES = {
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(ViTConfig(**_SIZES, intermediate_size=32, hidden_dropout_prob=0.2))
+    return ViTForImageClassification(ViTConfig(**SIZES, intermediate_size=32, hidden_dropout_prob=0.2))
 
 
 def _dinov2() -> nn.Module:
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
     return Dinov2ForImageClassification(
-        Dinov2Config(**_SIZES, mlp_ratio=2, drop_path_rate=0.5, layerscale_value=0.5, hidden_dropout_prob=0.2)
+        Dinov2Config(**SIZES, mlp_ratio=2, drop_path_rate=0.5, layerscale_value=0.5, hidden_dropout_prob=0.2)
     )
 
 
 def _dinov2_with_registers() -> nn.Module:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification
 
-    config = Dinov2WithRegistersConfig(**_SIZES, mlp_ratio=2, drop_path_rate=0.5, layerscale_value=0.5)
+    config = Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, drop_path_rate=0.5, layerscale_value=0.5)
     return Dinov2WithRegistersForImageClassification(config)
 
 
@@ -79,15 +85,32 @@ def _timm_everything() -> nn.Module:
     return _timm(init_values=0.5, drop_path_rate=0.5, proj_drop_rate=0.2, reg_tokens=2, qk_norm=True)
 
 
+def _open_clip(**options: object) -> nn.Module:
+    from open_clip.transformer import VisionTransformer
+
+    return VisionTransformer(16, 8, 16, DEPTH, 2, 2.0, output_dim=5, **options)
+
+
+def _open_clip_custom() -> nn.Module:
+    from open_clip.transformer import QuickGELU
+
+    custom = ("qk_norm", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+    return _open_clip(act_layer=QuickGELU, **dict.fromkeys(custom, True))
+
+
 _DINO = ("norm2", "layer_scale1", "drop_path")
 FAMILIES = {
-    "timm": Family(_timm, lambda m: m.blocks[-1], ("norm2", "ls1", "drop_path1")),
+    "timm": Family(_timm, lambda m: m.blocks[-1], ("norm2", "ls1", "drop_path1"), "attention_qkv"),
     "timm-layerscale-droppath": Family(
         _timm_everything,
         lambda m: m.blocks[-1],
         ("norm2", "ls1", "drop_path1"),
     ),
-    "torchvision": Family(_torchvision, lambda m: m.encoder.layers[-1], ("ln_2",)),
+    "torchvision": Family(_torchvision, lambda m: m.encoder.layers[-1], ("ln_2",), "attention_qkv"),
+    "open_clip": Family(
+        lambda: _open_clip(ls_init_value=0.5), lambda m: m.transformer.resblocks[-1], ("ln_2", "ls_1"), "attention_qkv"
+    ),
+    "open_clip-custom": Family(_open_clip_custom, lambda m: m.transformer.resblocks[-1], ("ln_2", "ls_1")),
     "vit": Family(_vit, lambda m: next(b for b in m.modules() if type(b).__name__ == "ViTLayer"), ("layernorm_after",)),
     "dinov2": Family(_dinov2, lambda m: m.dinov2.encoder.layer[-1], _DINO),
     "dinov2-registers": Family(
@@ -106,3 +129,53 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, dtype=dtype)
     return model
+
+
+def fused(model: nn.Module) -> list[str]:
+    """Names of the submodules that an op stands in for."""
+    return [row.name for row in mmfast.report(model) if row.status == "fused"]
+
+
+def compare(model: nn.Module, original: nn.Module, call: Callable[[Any], Tensor]) -> list[str]:
+    """Assert that both give one output and the same gradients from one seed. Return the ops that ran on torch."""
+    results = []
+    for m in (model, original):
+        m.zero_grad()
+        torch.manual_seed(5)
+        y = call(m)
+        (y * torch.linspace(-1, 1, y.shape[-1], dtype=y.dtype)).sum().backward()
+        results.append((y.detach(), {name: p.grad for name, p in m.named_parameters() if p.grad is not None}))
+    (a, grads), (b, expected) = results
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+    return [choice.op for choice in mmfast.explain(call, model)]
+
+
+def outcome(model: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and the gradients of all parameters, from one seed."""
+    torch.manual_seed(7)
+    model.zero_grad()
+    out = logits(model, x)
+    (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).sum().backward()
+    return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, Tensor]], tol: float = 0.0) -> None:
+    torch.testing.assert_close(a[0], b[0], rtol=tol, atol=tol)
+    assert a[1].keys() == b[1].keys()
+    for key in b[1]:
+        torch.testing.assert_close(a[1][key], b[1][key], rtol=tol, atol=tol)
+
+
+def assert_close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def tolerance(name: str, training: bool, dtype: torch.dtype) -> float:
+    """0 where the op on its torch backend takes the steps of the original, in their order."""
+    # torch.nn's attention has the sequence first; open_clip's scales heads before they are put side by side; DINOv2's
+    # drop path divides before it multiplies by the mask: the last bits may differ.
+    exact = not (name in ("torchvision", "open_clip", "open_clip-custom") or (training and "dinov2" in name))
+    return 0.0 if exact else 1e-12 if dtype == torch.float64 else 2e-5

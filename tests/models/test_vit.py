@@ -321,7 +321,7 @@ def test_norm_layer_of_torch_becomes_mmfasts() -> None:
     assert norms[0].eps == 1e-5
     assert ViT(**BASE).norm.eps == 1e-6
     ops = {choice.op for choice in mmfast.explain(model.eval(), torch.randn(1, 3, 16, 16))}
-    assert ops == {"layer_norm", "add_layer_norm"}
+    assert ops == {"layer_norm", "add_layer_norm", "attention", "linear_act", "patch_embed"}  # q and k are normalised
 
 
 def test_activation_names() -> None:

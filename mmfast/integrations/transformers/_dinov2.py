@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._swap import FusedBlock, add_norm
+from ... import backends
+from .._norm import FusedBlock, add_norm
 
 _REST = "layer_scale1({}) drop_path($3) $4+hidden_states norm2($5) mlp($6) layer_scale2($7) drop_path($8) $5+$9"
 
@@ -26,6 +27,8 @@ class Layer(FusedBlock):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
+        if backends.torch_serves(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
         x, _ = self.attention(self.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
         return _finish(self, x, hidden_states)
 
@@ -43,6 +46,8 @@ class Layer4(FusedBlock):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, N, C) -> (B, N, C); the other arguments are attention's."""
+        if backends.torch_serves(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
         return _finish(self, self.attention(self.norm1(hidden_states), *args, **kwargs), hidden_states)
 
 
@@ -61,6 +66,8 @@ class Layer4Tuple(FusedBlock):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """(B, N, C) -> ((B, N, C), attention weights, if asked for); the other arguments are attention's."""
+        if backends.torch_serves(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
         x, *weights = self.attention(self.norm1(hidden_states), *args, **kwargs)
         return (_finish(self, x, hidden_states), *weights)
 

@@ -7,7 +7,12 @@ from typing import Any
 from torch import Tensor
 from transformers.models.vit import modeling_vit
 
-from .._swap import FusedBlock, add_norm, fused
+from ... import backends
+from .._norm import FusedBlock, add_norm
+from .._swap import Unknown, known
+from ._embeddings import PATCHES
+from ._embeddings import ViTEmbeddings as _Embeddings
+from ._parts import ATTENTIONS, Intermediate, Mlp, known_attention
 
 
 class _Layer(FusedBlock):
@@ -27,6 +32,8 @@ class _Layer(FusedBlock):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
+        if backends.torch_serves(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
         x, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         y, x = add_norm(self.dropout(x), hidden_states, self.layernorm_after)
         return self.dropout(self.mlp(y)) + x
@@ -48,6 +55,8 @@ class _Layer4(FusedBlock):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, N, C) -> (B, N, C); the other arguments are attention's."""
+        if backends.torch_serves(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
         x = self.attention(self.layernorm_before(hidden_states), *args, **kwargs)
         y, x = add_norm(x, hidden_states, self.layernorm_after)
         return self.output(self.intermediate(y), x)
@@ -70,6 +79,8 @@ class _Layer4Tuple(FusedBlock):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """(B, N, C) -> ((B, N, C), attention weights, if asked for); the other arguments are attention's."""
+        if backends.torch_serves(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
         x, *weights = self.attention(self.layernorm_before(hidden_states), *args, **kwargs)
         y, x = add_norm(x, hidden_states, self.layernorm_after)
         return (self.output(self.intermediate(y), x), *weights)
@@ -77,13 +88,60 @@ class _Layer4Tuple(FusedBlock):
 
 FORMS = (_Layer, _Layer4, _Layer4Tuple)
 
-_Form: Any = fused(modeling_vit.ViTLayer, *FORMS)
+# To 5.9 ViTAttention holds a ViTSelfAttention, and there are ViTIntermediate and ViTOutput in place of ViTMLP.
+_one_module = not hasattr(modeling_vit, "ViTSelfAttention")
+_self_attention = modeling_vit.ViTAttention if _one_module else modeling_vit.ViTSelfAttention
+_mlp = modeling_vit.ViTMLP if _one_module else modeling_vit.ViTIntermediate
+
+_LayerForm: Any = known(modeling_vit.ViTLayer, *FORMS)
+_AttentionForm: Any = known_attention(_self_attention, *ATTENTIONS)
+_MlpForm: Any = known(_mlp, Mlp, Intermediate)
+_PatchForm: Any = known(modeling_vit.ViTPatchEmbeddings, *PATCHES)
+_EmbeddingsForm: Any = known(modeling_vit.ViTEmbeddings, _Embeddings)
 
 
-class ViTLayer(_Form, modeling_vit.ViTLayer):
+class ViTLayer(_LayerForm, modeling_vit.ViTLayer):
     """In place of `ViTLayer`."""
 
     mmfast_original = modeling_vit.ViTLayer
 
 
-CLASSES = (ViTLayer,)
+class ViTPatchEmbeddings(_PatchForm, modeling_vit.ViTPatchEmbeddings):
+    """In place of `ViTPatchEmbeddings`."""
+
+    mmfast_original = modeling_vit.ViTPatchEmbeddings
+
+
+class ViTEmbeddings(_EmbeddingsForm, modeling_vit.ViTEmbeddings):
+    """In place of `ViTEmbeddings`."""
+
+    mmfast_original = modeling_vit.ViTEmbeddings
+    patches = () if issubclass(_PatchForm, Unknown) else (modeling_vit.ViTPatchEmbeddings, ViTPatchEmbeddings)
+
+
+if _one_module:
+
+    class ViTAttention(_AttentionForm, modeling_vit.ViTAttention):
+        """In place of `ViTAttention`."""
+
+        mmfast_original = modeling_vit.ViTAttention
+
+    class ViTMLP(_MlpForm, modeling_vit.ViTMLP):
+        """In place of `ViTMLP`."""
+
+        mmfast_original = modeling_vit.ViTMLP
+
+    CLASSES = (ViTLayer, ViTPatchEmbeddings, ViTEmbeddings, ViTAttention, ViTMLP)
+else:
+
+    class ViTSelfAttention(_AttentionForm, modeling_vit.ViTSelfAttention):
+        """In place of `ViTSelfAttention`."""
+
+        mmfast_original = modeling_vit.ViTSelfAttention
+
+    class ViTIntermediate(_MlpForm, modeling_vit.ViTIntermediate):
+        """In place of `ViTIntermediate`."""
+
+        mmfast_original = modeling_vit.ViTIntermediate
+
+    CLASSES = (ViTLayer, ViTPatchEmbeddings, ViTEmbeddings, ViTSelfAttention, ViTIntermediate)
