@@ -14,8 +14,8 @@ from ._attention_tiles import TILE, Form, head_pieces, padded
 from ._common import Compilation, triton_type
 from .attention import Shape, backward_plan, decode_block, forward_plan
 
-ARCHES, WIDE_ARCHES = (90, 100), (90,)
-"""What the rule serves: nothing before sm_90, and heads wider than 192 columns on sm_90 alone."""
+ARCHES, HOPPER = (90, 100), (90,)
+"""What the rule serves: nothing before sm_90; heads wider than 192 columns, and split keys, on sm_90 alone."""
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Queries, keys, head_dim. ViT-B/16 and L/14, at 336 pixels, B/32; g/14, H/14, bigG/14; U-Net, Q-Former, text; long.
@@ -47,16 +47,16 @@ LIMITED = ((197, 197, 64), (257, 257, 64), (577, 577, 64))
 def audit_configurations() -> Iterator[Compilation]:
     """Each shape in bfloat16; masks, other dtypes and few queries at some."""
     for shape in SHAPES:
-        yield from _both(shape, BF16)
+        yield from shape_configurations(shape, BF16)
     for shape in ((257, 257, 64), (577, 577, 64), (1024, 77, 80)):
         for mask in ("*u8", "*bf16"):
-            yield from _both(shape, BF16, mask=mask)
-        yield from _both(shape, BF16, causal=True)
+            yield from shape_configurations(shape, BF16, mask=mask)
+        yield from shape_configurations(shape, BF16, causal=True)
     for shape in ((197, 197, 64), (577, 577, 64)):
-        yield from _both(shape, FP16)
-        yield from _both(shape, BF16, few_heads=True)
-        yield from _both(shape, FP32)
-    yield from _both((577, 577, 40), FP32)
+        yield from shape_configurations(shape, FP16)
+        yield from shape_configurations(shape, BF16, few_heads=True)
+        yield from shape_configurations(shape, FP32)
+    yield from shape_configurations((577, 577, 40), FP32)
     for rows in (1, 32, MAX_ROWS):
         for width in (64, 128, 256):
             yield from _decode(rows, width, BF16)
@@ -64,7 +64,7 @@ def audit_configurations() -> Iterator[Compilation]:
     yield from _decode(32, 64, FP32)
 
 
-def _both(
+def shape_configurations(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     *,
@@ -143,7 +143,7 @@ def _waste(waste: float, shape: tuple[int, int, int], dtype: torch.dtype, masked
 def _decode(rows: int, width: int, dtype: torch.dtype) -> Iterator[Compilation]:
     form = Form(width, head_pieces(width), stages=2)
     kind = triton_type(dtype)
-    block = decode_block(width, dtype)
+    block = decode_block(dtype)
     rows_covered = padded(rows, MAX_ROWS)
     suffix = f"[{kind[1:]}-{rows}x{width}]"
     stores = {"vector_loads": True, "vector_stores": True}
@@ -158,7 +158,7 @@ def _decode(rows: int, width: int, dtype: torch.dtype) -> Iterator[Compilation]:
     )
     if dtype == BF16:
         yield _compilation(
-            f"forward, combine{suffix}", combine_kernel, {"FORM": form, "ROWS": rows_covered}, dtype, None, 4
+            f"forward, combine{suffix}", combine_kernel, {"FORM": form, "ROWS": rows_covered}, dtype, None, 8
         )
 
 
@@ -186,6 +186,6 @@ def _compilation(
         arguments={name: types[name] for name in kernel.arg_names if name not in constants},
         constants=constants,
         num_warps=num_warps,
-        arches=ARCHES if constants["FORM"].head_dim <= 192 else WIDE_ARCHES,
+        arches=HOPPER if constants["FORM"].head_dim > 192 or "split" in label or "combine" in label else ARCHES,
         **proofs,
     )

@@ -176,9 +176,9 @@ def _ceil(rows: int, block: int) -> int:
     return -(-rows // block) * block
 
 
-def decode_block(head_dim: int, dtype: torch.dtype) -> int:
+def decode_block(dtype: torch.dtype) -> int:
     """Keys of a step where the keys of a head are split."""
-    return 32 if dtype.itemsize == 4 else 128 if head_dim <= 128 else 64
+    return 32 if dtype.itemsize == 4 else 64
 
 
 def padded_width(head_dim: int) -> int:
@@ -264,7 +264,7 @@ def _split_forward(
 ) -> None:
     """Launch the two kernels of `_attention_decode`."""
     form, n_q, n_k = common["FORM"]._replace(stages=2), common["n_q"], common["n_k"]
-    block = decode_block(form.head_dim, q.dtype)
+    block = decode_block(q.dtype)
     keys_a_split = -(-n_k // (splits * block)) * block
     splits = -(-n_k // keys_a_split)
     rows = common["group"] * n_q
@@ -300,7 +300,7 @@ def _split_forward(
         tiles=splits,
         ROWS=rows_covered,
         FORM=form,
-        num_warps=4,
+        num_warps=8,
         **sizes,
     )
 
@@ -419,6 +419,6 @@ def _mask(attn_mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | No
     return attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask, strides
 
 
-def _precision(x: Tensor, wanted: str = "ieee") -> str:
+def _precision(x: Tensor, wanted: str) -> str:
     """How products are computed: `wanted`, "ieee" or "tf32", says it for float32 alone."""
     return wanted if x.dtype == torch.float32 else "ieee"

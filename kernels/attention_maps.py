@@ -203,6 +203,7 @@ def attention_maps_forward(
     is_causal: bool,
     scale: float,
     dtype: torch.dtype,
+    precision: str = "ieee",
 ) -> Tensor:
     """Return the probabilities (B, H, Nq, Nk) in `dtype`, contiguous.
 
@@ -223,7 +224,7 @@ def attention_maps_forward(
             lse = None  # next to large added values lse has lost the digits of the sum
         attn_mask = attn_mask.expand(p.shape)
         strides_mask = attn_mask.stride()
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = q.dtype == torch.float32 and precision == "ieee"
     config = MapsConfig.of(width, q.dtype, exact=exact)
     wide = max(strides_mask[2:]) * max(config.block_m, config.block_n) >= 2**30
     first, rest = split_width(width)

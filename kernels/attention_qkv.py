@@ -6,9 +6,13 @@ q, k and v are read where they lie in (B, N, 3 * H * d), the output is written a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from ._attention_audit import shape_configurations
+from ._common import AUDIT_DTYPES, Compilation
 from .attention import attention_backward, attention_forward
 
 
@@ -64,3 +68,10 @@ def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """View of x (B, N, H * d) as (B, H, N, d)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def audit_configurations() -> Iterator[Compilation]:
+    """The kernels of `attention`, which audits them at more shapes, at those of ViT-B/16 and DINOv2."""
+    for dtype in AUDIT_DTYPES:
+        yield from shape_configurations((197, 197, 64), dtype)
+    yield from shape_configurations((261, 261, 64), torch.bfloat16)

@@ -33,6 +33,10 @@ LONG = 384
 """Mean length from which tiles have 128 rows, which read each key half as often, instead of 64, which waste less."""
 
 
+ARCHES, WIDE_ARCHES = (90, 100), (90,)
+"""What the backend's rule serves: nothing before sm_90, and heads wider than 192 columns on sm_90 alone."""
+
+
 @dataclass(frozen=True)
 class RaggedPlan:
     """Tiles of `block` rows that walk in steps of `step`: as large as registers allow without a spill."""
@@ -52,13 +56,13 @@ class RaggedPlan:
         tall = mean >= LONG or width > {"forward": 256, "dq": 192, "dkv": 96}[part]
         block, num_warps = (128, 8) if tall else (64, 4)
         if part == "forward":
-            return cls(block, 64 if width <= 128 else 32, num_warps, 2)
+            return cls(block, 128 if tall and width <= TILE else 64 if width <= 128 else 32, num_warps, 2)
         if part == "dq":
             return cls(block, 64, num_warps, 2) if width <= 128 else cls(block, 32, num_warps, 1)
         if width <= 96:
             return cls(block, 64 if width <= 80 or tall else 32, num_warps, 1)
         if width <= 128:
-            return cls(block, 32, num_warps, 2)
+            return cls(block, 32, num_warps, 1)
         return cls(block, 32 if width <= 192 else 16, num_warps, 1, apart=True)
 
     @classmethod
@@ -68,7 +72,7 @@ class RaggedPlan:
             return cls(32, 16, 4, 1, apart)
         if width > 192:
             return cls(64, 16, 8, 1) if part == "forward" else cls(32, 32, 8, 1, apart)
-        return cls(64, 16 if part == "dkv" and 96 < width <= 128 else 32, 8, 1, apart)
+        return cls(64, 16 if apart and width <= 128 else 32, 8, 1, apart)
 
     def launch(self, form: Form) -> dict[str, Any]:
         """Arguments of the kernels of the backward."""
@@ -137,6 +141,7 @@ def attention_varlen_forward(
     *,
     is_causal: bool,
     scale: float,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """Output (total_q, H, d) and lse (H, total_q), the base-2 logarithm of each row's sum, +inf without keys.
 
@@ -149,7 +154,7 @@ def attention_varlen_forward(
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     q, k, v = (_unit_columns(x) for x in (q, k, v))
     (stride_q, stride_k, stride_v, stride_o), unit = _packed_strides(q, k, v, out)
-    form = _form(head_dim, is_causal, _precision(q), unit)
+    form = _form(head_dim, is_causal, _precision(q, precision), unit)
     plan = RaggedPlan.of("forward", _mean(q, batch), form, q.dtype)
     tiles = max(1, -(-max_q // plan.block))
     with on_device(q):
@@ -192,6 +197,7 @@ def attention_varlen_backward(
     *,
     is_causal: bool,
     scale: float,
+    precision: str = "ieee",
     need_dkv: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dq, dk and dv, the last two None where not wanted."""
@@ -203,7 +209,7 @@ def attention_varlen_backward(
     (stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq, stride_dk, stride_dv), unit = _packed_strides(
         q, k, v, out, dout, dq, dk, dv
     )
-    form = _form(head_dim, is_causal, _precision(q), unit)
+    form = _form(head_dim, is_causal, _precision(q, precision), unit)
     common: dict[str, Any] = {
         "stride_q": stride_q,
         "stride_k": stride_k,
@@ -308,6 +314,7 @@ def audit_configurations() -> Iterator[Compilation]:
                 },
                 constants={"STAT": stat, "UNIT": 8, **CLEAR},
                 num_warps=4,
+                arches=ARCHES,
                 vector_stores=True,
             )
 
@@ -341,6 +348,7 @@ def _audit(
             arguments={arg: types[arg] for arg in kernel.arg_names if arg not in constants},
             constants={arg: value for arg, value in constants.items() if arg != "num_warps"},
             num_warps=chosen.num_warps,
+            arches=ARCHES if width <= 192 else WIDE_ARCHES,
             vector_loads=True,
             vector_stores=True,
             tensor_cores=chosen.block >= TILE and (tf32 or dtype != torch.float32),

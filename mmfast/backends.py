@@ -161,6 +161,8 @@ ieee_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 LONGEST_KEYS = 1024
 """Keys above which PyTorch's own attention (cuDNN on Hopper) serves, until ours is measured faster."""
+SPLIT_KEYS = 511
+"""Keys above which the keys of few queries may be split."""
 DECODE_QUERIES = 32
 """Queries up to which our kernel serves whatever the number of keys: it splits them, which cuDNN's engines do not."""
 
@@ -178,10 +180,11 @@ def _triton_attention(facts: Facts) -> str | None:
     why_not = _triton_tuples(facts)
     if why_not is not None or _forced == "triton":
         return why_not
-    if facts.device.type == "cuda" and _device_capability(facts.device) < (9, 0):
+    capability = _device_capability(facts.device) if facts.device.type == "cuda" else (9, 0)
+    if capability < (9, 0):
         return "FlashAttention-2 is at home on compute capability 8"
-    if facts.width > 192 and facts.device.type == "cuda" and _device_capability(facts.device) >= (10, 0):
-        return "heads wider than 192 do not fit in registers on compute capability 10"
+    if capability >= (10, 0) and (facts.width > 192 or facts.seqlen_q <= DECODE_QUERIES < SPLIT_KEYS < facts.seqlen_k):
+        return "wide heads, and few queries on many keys, spill registers on compute capability 10"
     if facts.dtype == torch.float32 and ieee_products():
         return "float32 products at full precision"
     if facts.dtype == torch.float32 and facts.width > 64:

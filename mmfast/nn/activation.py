@@ -116,10 +116,10 @@ def linear_then(linear: Any, act: Any, x: Tensor, *, gate_last: bool | None = No
     name = plain_activation(act)
     if name is not None and gate_last is not None:
         name = GATES.get((name, gate_last))
-    if name is None or not plain_linear(linear) or any_global_hook():
+    if name is None or not _plain_tensor(x) or not plain_linear(linear) or any_global_hook():
         return None
     weight, bias = linear.weight, linear.bias
-    if not (_plain_tensor(x) and _plain_tensor(weight) and _takes(x, weight) and (bias is None or _takes(x, bias))):
+    if not (_plain_tensor(weight) and _takes(x, weight) and (bias is None or _takes(x, bias))):
         return None
     return linear_act(x, weight, bias, activation=name)
 

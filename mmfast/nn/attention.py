@@ -12,6 +12,7 @@ from ..ops import attention, attention_maps, attention_qkv
 from ..ops._attention import attention_torch
 from ..ops.attention_qkv import attention_qkv_torch
 from ._init import trunc_normal_
+from .activation import any_global_hook, hooked
 from .mlp import Mlp
 
 Layer = Callable[..., nn.Module]
@@ -120,7 +121,8 @@ class Attention(nn.Module):
             return self._join(drop(p) @ v)
         dropout = drop.p if self.training and isinstance(drop, nn.Dropout) else 0.0
         direct = backends.torch_serves(x)  # the ops' checks cost a tiny model on a CPU a tenth of its time
-        if is_plain(self.q_norm, nn.Identity) and is_plain(self.k_norm, nn.Identity):
+        plain = is_plain(self.q_norm, nn.Identity) and is_plain(self.k_norm, nn.Identity)
+        if plain and not any_global_hook():
             packed = attention_qkv_torch if direct else attention_qkv
             return packed(self.qkv(x), self.num_heads, attn_mask, dropout, is_causal)
         q, k, v = self._heads(x)
@@ -149,14 +151,7 @@ class Attention(nn.Module):
 
 def is_plain(module: nn.Module, *kinds: type) -> bool:
     """Whether `module` is exactly one of `kinds` and calling it does no more than its class's forward."""
-    return (
-        type(module) in kinds
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-    )
+    return type(module) in kinds and not hooked(module)
 
 
 class AttentionPoolLatent(nn.Module):

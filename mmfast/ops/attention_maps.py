@@ -231,7 +231,10 @@ def _forward(
         return attention_maps_torch(q, k, attn_mask, is_causal, scale, dtype).contiguous()
     from ..kernels.attention_maps import attention_maps_forward
 
-    return attention_maps_forward(q, k, attn_mask, lse, is_causal=is_causal, scale=scale, dtype=dtype)
+    precision = backends.product_precision()
+    return attention_maps_forward(
+        q, k, attn_mask, lse, is_causal=is_causal, scale=scale, dtype=dtype, precision=precision
+    )
 
 
 def _fake(

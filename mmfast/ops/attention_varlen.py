@@ -206,7 +206,8 @@ def _forward(
         return forward_varlen_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale)
     from ..kernels.attention_varlen import attention_varlen_forward
 
-    return attention_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, is_causal=is_causal, scale=scale)
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "precision": backends.product_precision()}
+    return attention_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, **options)
 
 
 def _backward(
@@ -243,6 +244,7 @@ def _backward(
             max_k,
             is_causal=is_causal,
             scale=scale,
+            precision=backends.product_precision(),
             need_dkv=needs[1] or needs[2],
         )
     dq, dk, dv = (q.new_empty(0) if g is None or not need else g for g, need in zip(found, needs, strict=True))

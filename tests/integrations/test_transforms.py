@@ -81,6 +81,7 @@ def test_jit_trace(name: str) -> None:
 
 
 @few_families
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's own attention under vmap
 def test_gradients_of_each_sample(name: str) -> None:
     model, original = mmfast.accelerate(build(name, torch.float64)), build(name, torch.float64)
     x = images(dtype=torch.float64)
