@@ -31,8 +31,6 @@ from .attention import LOG2E, _precision, _strides, _unit_columns, padded_width
 
 LONG = 384
 """Mean length from which tiles have 128 rows, which read each key half as often, instead of 64, which waste less."""
-
-
 ARCHES, WIDE_ARCHES = (90, 100), (90,)
 """What the backend's rule serves: nothing before sm_90, and heads wider than 192 columns on sm_90 alone."""
 
@@ -145,13 +143,14 @@ def attention_varlen_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output (total_q, H, d) and lse (H, total_q), the base-2 logarithm of each row's sum, +inf without keys.
 
-    cu_seqlens are int32 and contiguous. max_q and max_k say how many programs start: rows of a sequence that is longer
+    max_q and max_k say how many programs start: rows of a sequence that is longer
     after all may be 0.
     """
     total, heads, head_dim = q.shape
     batch = cu_seqlens_q.numel() - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     q, k, v = (_unit_columns(x) for x in (q, k, v))
     (stride_q, stride_k, stride_v, stride_o), unit = _packed_strides(q, k, v, out)
     form = _form(head_dim, is_causal, _precision(q, precision), unit)
@@ -203,6 +202,7 @@ def attention_varlen_backward(
     """dq, dk and dv, the last two None where not wanted."""
     total, heads, head_dim = q.shape
     kv_heads, batch = k.shape[1], cu_seqlens_q.numel() - 1
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     q, k, v, out, dout = (_unit_columns(x) for x in (q, k, v, out, dout))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)

@@ -33,6 +33,13 @@ QUICK = (
     ("add_layer_norm", "backward[fp32-4096]"),
     ("add_layer_norm", "backward, no scale[fp32-8192]"),
     ("common", "column_sums[fp32-3x8192]"),
+    ("attention", "forward[bf16-257x257x64]"),
+    ("attention", "forward[bf16-577x577x64]"),
+    ("attention", "backward[bf16-257x257x64]"),
+    ("attention_varlen", "forward[bf16-160x64]"),
+    ("attention_maps", "probabilities[bf16-197x64]"),
+    ("patch_embed", "forward[bf16-P16-768]"),
+    ("linear_act", "backward gelu[bf16-3072]"),
 )
 
 

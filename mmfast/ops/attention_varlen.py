@@ -77,7 +77,6 @@ def attention_varlen(
     scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
     if (backends.torch_serves(q) or backends.choose(OP, _facts(q, k)) == "torch") and readable:
         return attention_varlen_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, is_causal, scale)
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     return _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, is_causal, scale)[0]
 
 
