@@ -160,7 +160,7 @@ def backward_plan(shape: Shape, heads: int, programs: int) -> tuple[BackwardPlan
         return dq, dkv
     dq = BackwardPlan(False, 128, 64, 8, 2 if not busy else 1, ragged=True)
     if width <= 64:
-        return dq, BackwardPlan(False, 64, 64, 4, 1, ragged=True)
+        return dq, BackwardPlan(False, 64, 32 if shape.masked else 64, 4, 1, ragged=True)
     if busy:
         return dq, BackwardPlan(False, 128, 32, 8, 1, ragged=True, apart=width > 96)
     dkv = BackwardPlan(False, 128, 64 if width <= 96 else 32, 8, 1, ragged=True)
