@@ -24,7 +24,7 @@ DEMO := $(VENV)/.mmfast-demo
 TRITON36 := $(abspath $(VENV))/triton36
 WORKERS ?= 2
 # Benchmarks that hold a bound on a CPU: never slower than the module replaced, at most 10 us added to a call.
-TIME_BOUNDS := benchmarks/bench_layer_norm.py benchmarks/bench_registration.py
+TIME_BOUNDS := benchmarks/bench_layer_norm.py benchmarks/bench_registration.py benchmarks/bench_clip_loss.py
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,8 +42,9 @@ $(DEV): pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install -qq --no-compile -e '.[dev]'
 	@touch $@ $(DEMO)
 
-demo: $(DEMO)  ## train a small ViT on real images, then accelerate another library's ViT
+demo: $(DEMO)  ## train a small ViT and a small CLIP on real images, and look at what they do
 	$(BIN)/python -m mmfast.cli demo vit --output demo-output
+	$(BIN)/python -m mmfast.cli demo clip --output demo-output
 
 test: $(DEV)  ## run the tests: PyTorch paths and parity, then the Triton kernels in their interpreter
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu and not triton and not timing' $(PYTEST_ARGS)

@@ -12,9 +12,11 @@ from . import (
     attention_maps,
     attention_qkv,
     attention_varlen,
+    clip_loss,
     layer_norm,
     linear_act,
     patch_embed,
+    siglip_loss,
 )
 
 NAMES = (
@@ -26,6 +28,8 @@ NAMES = (
     "attention_varlen",
     "linear_act",
     "patch_embed",
+    "clip_loss",
+    "siglip_loss",
 )
 
 INTERPRETED = not isinstance(layer_norm.layer_norm_forward_kernel, JITFunction)
@@ -39,7 +43,9 @@ __all__ = [
     "attention_maps",
     "attention_qkv",
     "attention_varlen",
+    "clip_loss",
     "layer_norm",
     "linear_act",
     "patch_embed",
+    "siglip_loss",
 ]

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _programs: dict[torch.device, int] = {}
+_majors: dict[torch.device, int] = {}
 
 
 class Rows(NamedTuple):
@@ -77,6 +78,15 @@ def resident_programs(device: torch.device) -> int:
     if device not in _programs:
         _programs[device] = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     return _programs[device]
+
+
+def device_major(device: torch.device) -> int:
+    """Major compute capability; Hopper's in the interpreter."""
+    if device.type != "cuda":
+        return 9
+    if device not in _majors:
+        _majors[device] = torch.cuda.get_device_properties(device).major
+    return _majors[device]
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import convert, models, nn, ops, reference
     from .accelerate import Report, accelerate, accelerated, report, restore
     from .backends import BackendError, Choice, Explanation, backend, explain
+    from .contrastive import contrastive_step
     from .cuda_graph import CudaGraph, cuda_graph
 
 # Public name -> the module that holds it.
@@ -29,6 +30,7 @@ _LAZY = {
     "accelerated": "accelerate",
     "report": "accelerate",
     "restore": "accelerate",
+    "contrastive_step": "contrastive",
     "CudaGraph": "cuda_graph",
     "cuda_graph": "cuda_graph",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "accelerate",
     "accelerated",
     "backend",
+    "contrastive_step",
     "convert",
     "cuda_graph",
     "explain",

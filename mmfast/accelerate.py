@@ -124,9 +124,11 @@ def accelerate(model: Model, ops: str | Iterable[str] = "auto", strict: bool = F
 
     - "layer_norm": the layer norms of torch.nn, timm and open_clip;
     - "add_layer_norm": the blocks of timm's, torchvision's, transformers' and open_clip's ViT and of DINOv2 with and
-      without registers, and of open_clip's text towers: the first residual sum, LayerScale, drop path and second norm
-      become one op;
-    - "attention": `torch.nn.MultiheadAttention` (calls with need_weights=False) and the same libraries' attention;
+      without registers, and of both towers of open_clip's and transformers' CLIP and SigLIP: the first residual sum,
+      LayerScale, drop path and second norm become one op;
+    - "attention": `torch.nn.MultiheadAttention` (calls with need_weights=False), the same libraries' attention, that of
+      a text tower without its mask where that is known to be causal, and open_clip's attention poolings, of which
+      AttentionPool2d computes the one query that it returns, also on a CPU;
     - "patch_embed": their patch embeddings, with class and register tokens and the position embedding where these are
       added as they are;
     - "linear_act": the first linear layer of their MLPs with its activation, and any torch.nn.Sequential in which a

@@ -202,6 +202,14 @@ def _triton_linear(facts: Facts) -> str | None:
     return why_not
 
 
+def _triton_contrastive(facts: Facts) -> str | None:
+    """The contrastive losses: float32 products would be truncated to tf32, which biases the loss more than bfloat16."""
+    why_not = _triton_floats(facts)
+    if why_not is None and _forced != "triton" and facts.dtype == torch.float32:
+        return "float32 features: chunks of cuBLAS products"
+    return why_not
+
+
 Rule = Callable[[Facts], str | None]
 
 TABLE: dict[str, tuple[tuple[str, Rule], ...]] = {
@@ -213,6 +221,8 @@ TABLE: dict[str, tuple[tuple[str, Rule], ...]] = {
     "attention_qkv": (("triton", _triton_attention),),
     "attention_maps": (("triton", _triton_attention),),
     "attention_varlen": (("triton", _triton_attention),),
+    "clip_loss": (("triton", _triton_contrastive),),
+    "siglip_loss": (("triton", _triton_contrastive),),
 }
 """Op -> its backends but `torch`, in order of preference, each with the rule that says why not."""
 

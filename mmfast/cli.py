@@ -14,7 +14,7 @@ COMMANDS = {
     "verify": "grade every op against its float64 reference",
     "audit": "compile every kernel without a GPU: registers, spills, shared memory, vector loads",
     "bench": "time ops and models beside their peers; append to a CSV file",
-    "demo": "train a model on real images and accelerate a peer's",
+    "demo": "train a model on real images: a ViT, or a CLIP; compare with a peer's",
 }
 """Command -> help. `mmfast.commands.NAME` has `add_arguments(parser)` and `run(args) -> exit code`."""
 

@@ -40,6 +40,10 @@ QUICK = (
     ("attention_maps", "probabilities[bf16-197x64]"),
     ("patch_embed", "forward[bf16-P16-768]"),
     ("linear_act", "backward gelu[bf16-3072]"),
+    ("clip_loss", "forward 128, sm_90[bf16-512]"),
+    ("clip_loss", "backward, block 128, sm_90[bf16-512]"),
+    ("clip_loss", "backward, owned rows, sm_90[bf16-256]"),
+    ("siglip_loss", "forward and backward, sm_90[bf16-768]"),
 )
 
 

@@ -32,14 +32,14 @@ def test_the_choice_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "TRITON_VERSION", (3, 6))
     for dtype in (torch.float16, torch.bfloat16):
         assert reason(op, Facts(CUDA, dtype, 256)) == ("triton", "first choice")
-    # Products of float32 in full precision are the vendor's libraries'.
-    name, why = reason(op, Facts(CUDA, torch.float32, 64))
-    norms = op in ("layer_norm", "add_layer_norm")
-    assert (name, why) == (
-        ("triton", "first choice") if norms else ("torch", "triton: float32 products at full precision")
+    # Products of float32 in full precision are the vendor's libraries'; of contrastive losses any in float32.
+    norms, contrastive = op in ("layer_norm", "add_layer_norm"), op in ("clip_loss", "siglip_loss")
+    products = "float32 features: chunks of cuBLAS products" if contrastive else "float32 products at full precision"
+    assert reason(op, Facts(CUDA, torch.float32, 64)) == (
+        ("triton", "first choice") if norms else ("torch", f"triton: {products}")
     )
     monkeypatch.setattr(backends, "ieee_products", lambda: False)
-    assert reason(op, Facts(CUDA, torch.float32, 64))[0] == "triton"
+    assert reason(op, Facts(CUDA, torch.float32, 64))[0] == ("torch" if contrastive else "triton")
     assert reason(op, Facts(CUDA, torch.float64, 768)) == ("torch", "triton: float64 has no kernel")
     monkeypatch.setitem(backends._capability, CUDA, (8, 0))
     name, why = reason(op, Facts(CUDA, torch.float16, 64))

@@ -98,6 +98,42 @@ def layer_norm() -> None:
     layer_norm_backward(y, x, weight, mean, rstd, need_dx=True, dweight_dtype=HALF, dbias_dtype=HALF)
 
 
+def clip_loss() -> None:
+    from mmfast.kernels import _contrastive_rows
+    from mmfast.kernels.clip_loss import clip_loss_gradients, clip_loss_statistics
+
+    raw, scale = torch.empty(600, 30, dtype=HALF), torch.ones(())
+    image, rnorm = _contrastive_rows.unit_rows(raw, HALF)
+    for ids in (None, torch.arange(600)):
+        for best in (False, True):
+            rows, columns = clip_loss_statistics(image, image, scale, 0, ids, ids, best=best)
+        weights = (rows[0], columns[0], rows[1], columns[1], *(rows[1], columns[1]) * (ids is not None))
+        weights += (None,) * (6 - len(weights))
+        for features, own in ((image[:, :24].contiguous(), True), (image, False)):
+            sums, _ = clip_loss_gradients(
+                features, features, scale, 0, ids, ids, *weights, values=None, needs=(True, True), own=own
+            )
+    clip_loss_statistics(image[:1], image[:1], scale, 0, None, None, best=True)  # sizes of 1 become constants
+    _contrastive_rows.finish_rows(raw, rnorm, sums, scale, pair=rows[0], partner=image)
+
+
+def siglip_loss() -> None:
+    from mmfast.kernels.siglip_loss import siglip_loss_forward
+
+    image, scalar, ids = torch.zeros(600, 48, dtype=HALF), torch.zeros(()), torch.arange(600)
+    for labels, positive in ((None, torch.zeros(600)), (ids, None)):
+        siglip_loss_forward(
+            *(image, image, scalar, scalar, 0, labels, labels, positive),
+            needs=(True, False, True, True),
+            metrics=True,
+        )
+    siglip_loss_forward(
+        *(image[:9], image[:7], scalar, scalar, -3, None, None, torch.zeros(9)),
+        needs=(False, False, False, False),
+        metrics=False,
+    )
+
+
 CALLS: dict[str, tuple[Callable[[], None], set[str]]] = {
     "attention": (
         attention,
@@ -107,7 +143,15 @@ CALLS: dict[str, tuple[Callable[[], None], set[str]]] = {
         },
     ),
     "attention_qkv": (attention_qkv, {"short_forward_kernel", "short_backward_kernel"}),
+    "clip_loss": (
+        clip_loss,
+        {
+            *("clip_loss_statistics_kernel", "clip_loss_combine_kernel", "logit_gradient_kernel"),
+            *("feature_gradient_kernel", "unit_rows_kernel", "finish_rows_kernel"),
+        },
+    ),
     "layer_norm": (layer_norm, {"layer_norm_forward_kernel", "layer_norm_backward_kernel", "column_sums_kernel"}),
+    "siglip_loss": (siglip_loss, {"siglip_loss_forward_kernel"}),
 }
 
 

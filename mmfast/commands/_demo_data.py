@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FASHION_NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -66,3 +67,11 @@ def _normalised(
 ) -> Images:
     mean, std = train.mean(), train.std()
     return Images((train - mean) / std, train_labels, (test - mean) / std, test_labels, names)
+
+
+def shifted(images: Tensor, most: int) -> Tensor:
+    """Images (N, 1, H, W), each moved by a random offset of up to `most` pixels each way, its border repeated."""
+    padded = F.pad(images, (most,) * 4, mode="replicate")
+    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # [N, 1, offset, offset, H, W]
+    dy, dx = torch.randint(2 * most + 1, (2, len(images)))
+    return windows[torch.arange(len(images)), :, dy, dx]

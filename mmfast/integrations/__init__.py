@@ -17,6 +17,8 @@ _INTEGRATIONS = {
     "open_clip.transformer": "open_clip",
     "transformers.models.vit.modeling_vit": "transformers.vit",
     "transformers.models.dinov2.modeling_dinov2": "transformers.dinov2",
+    "transformers.models.clip.modeling_clip": "transformers.clip",
+    "transformers.models.siglip.modeling_siglip": "transformers.siglip",
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers": "transformers.dinov2_with_registers",
 }
 

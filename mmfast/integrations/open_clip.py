@@ -1,21 +1,28 @@
-"""Accelerated classes of open_clip, from release 2.30 to 3.3. Its attention and MLPs are mostly torch.nn's."""
+"""Accelerated classes of open_clip, from release 2.30 to 3.3. Its attention and MLPs are mostly torch.nn's.
+
+Blocks of a text tower attend without its mask where that is known to be causal (`_causal`); with it everywhere else.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from open_clip import transformer
+from open_clip import model, modified_resnet, transformer
 from torch import Tensor, nn
 
 from .. import backends
 from ..nn.activation import KNOWN_ACTIVATIONS
 from ..ops import layer_norm
 from ._attention import FusedAttention, attend, attend_packed, split_heads, takes_mask
+from ._causal import MaskOwner, known_causal
 from ._norm import FLOAT32_NORMS, NORMS, SCALES, FusedBlock, add_norm, refuses_norm
-from ._outline import IMAGES
+from ._open_clip_pool import AttentionalPooler as _AttentionalPooler
+from ._open_clip_pool import AttentionPool2d as _AttentionPool2d
+from ._outline import IMAGES, outline
 from ._patch import embed, refuses_conv
-from ._swap import Accelerated, fits, known, multiplies, plain_tensor, skipped_identity
+from ._swap import Accelerated, called, fits, known, multiplies, plain_tensor, skipped_identity
+from .torch_nn import MultiheadAttention
 
 
 class _LayerNorm(Accelerated):
@@ -64,6 +71,7 @@ class _ResidualAttentionBlock(FusedBlock):
     bypassed = ("ln_2", "ls_1")
     ln_1: Any
     ln_1_kv: Any
+    attn: Any
     attention: Any
     ls_1: Any
     ln_2: Any
@@ -83,9 +91,21 @@ class _ResidualAttentionBlock(FusedBlock):
         cross = hasattr(self, "ln_1_kv")
         k_x = self.ln_1_kv(k_x) if cross and k_x is not None else None
         v_x = self.ln_1_kv(v_x) if cross and v_x is not None else None
-        branch = self.attention(q_x=self.ln_1(q_x), k_x=k_x, v_x=v_x, attn_mask=attn_mask)
+        y = self.ln_1(q_x)
+        if k_x is None and v_x is None and self._is_causal(y, attn_mask):
+            branch = self.attn(y, y, y, need_weights=False, attn_mask=attn_mask, is_causal=True)[0]
+        else:
+            branch = self.attention(q_x=y, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
         y, x = add_norm(branch, q_x, self.ln_2, self.ls_1)
         return x + self.ls_2(self.mlp(y))
+
+    def _is_causal(self, x: Tensor, attn_mask: Tensor | None) -> bool:
+        """Whether `attention` is one that sees the tokens before: then the mask is not read, nor converted."""
+        if attn_mask is None or not _PLAIN or not plain_tensor(x) or x.dim() != 3:
+            return False
+        if "attention" in self.__dict__ or called(self.attn, MultiheadAttention):
+            return False
+        return known_causal(attn_mask, x.shape[1 if self.attn.batch_first else 0])
 
 
 class _CustomBlock(FusedBlock):
@@ -164,16 +184,19 @@ class _Attention(FusedAttention):
         """(B, N, C) -> (B, N, C). A boolean mask goes to open_clip, where True is masked out."""
         if not self._takes(x, attn_mask):
             return super().forward(x, attn_mask)
-        if attn_mask is not None:
+        causal = known_causal(attn_mask, x.shape[1])
+        if causal:
+            attn_mask = None
+        elif attn_mask is not None:
             if attn_mask.dim() == 3:
                 attn_mask = attn_mask.unflatten(0, (x.shape[0], self.num_heads))
             attn_mask = attn_mask.to(x.dtype)
         qkv = torch.nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         if skipped_identity(self.ln_q) and skipped_identity(self.ln_k) and self.head_scale is None:
-            y = attend_packed(qkv, self.num_heads, attn_mask)
+            y = attend_packed(qkv, self.num_heads, attn_mask, is_causal=causal)
         else:
             q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
-            y = attend(self.ln_q(q), self.ln_k(k), v, attn_mask)
+            y = attend(self.ln_q(q), self.ln_k(k), v, attn_mask, is_causal=causal)
             if self.head_scale is not None:
                 y = (split_heads(y, self.num_heads) * self.head_scale).transpose(1, 2).flatten(2)
         return self.out_drop(self.out_proj(self.ln_inner(y)))
@@ -227,12 +250,27 @@ class _VisionTransformer(Accelerated):
         return super()._embeds(x) if y is None else self.ln_pre(self.patch_dropout(y))  # type: ignore[misc]
 
 
+class _MaskOwner(MaskOwner):
+    """A text tower. One that adds a mask of padding hands its blocks another mask each time."""
+
+    @classmethod
+    def matches(cls, module: Any) -> bool:
+        """Whether its blocks get the mask that it has."""
+        padded = getattr(module, "use_pad_mask", False) or getattr(module, "cls_emb", None) is not None
+        return super().matches(module) and not padded
+
+
+_PLAIN = outline(transformer.ResidualAttentionBlock, "attention", inputs={"k_x": None, "v_x": None}) == (
+    "attn_mask.to(q_x.dtype) attn(q_x,q_x,q_x,need_weights=False,attn_mask=$1) -> $2[0]"
+)
 _NormForm: Any = known(transformer.LayerNorm, _LayerNorm)
 _NormFp32Form: Any = known(transformer.LayerNormFp32, _LayerNormFp32)
 _BlockForm: Any = known(transformer.ResidualAttentionBlock, _ResidualAttentionBlock)
 _CustomForm: Any = known(transformer.CustomResidualAttentionBlock, _CustomBlock)
 _AttentionForm: Any = known(transformer.Attention, _Attention)
 _ViTForm: Any = known(transformer.VisionTransformer, _VisionTransformer)
+_PoolerForm: Any = known(transformer.AttentionalPooler, _AttentionalPooler)
+_Pool2dForm: Any = known(modified_resnet.AttentionPool2d, _AttentionPool2d)
 
 
 class LayerNorm(_NormForm, transformer.LayerNorm):
@@ -271,6 +309,36 @@ class VisionTransformer(_ViTForm, transformer.VisionTransformer):
     mmfast_original = transformer.VisionTransformer
 
 
+class AttentionalPooler(_PoolerForm, transformer.AttentionalPooler):
+    """In place of `open_clip.transformer.AttentionalPooler`."""
+
+    mmfast_original = transformer.AttentionalPooler
+
+
+class AttentionPool2d(_Pool2dForm, modified_resnet.AttentionPool2d):
+    """In place of `open_clip.modified_resnet.AttentionPool2d`."""
+
+    mmfast_original = modified_resnet.AttentionPool2d
+
+
+class CLIP(_MaskOwner, model.CLIP):
+    """In place of `open_clip.model.CLIP`, for its text tower."""
+
+    mmfast_original = model.CLIP
+
+
+class TextTransformer(_MaskOwner, transformer.TextTransformer):
+    """In place of `open_clip.transformer.TextTransformer`."""
+
+    mmfast_original = transformer.TextTransformer
+
+
+class MultimodalTransformer(_MaskOwner, transformer.MultimodalTransformer):
+    """In place of `open_clip.transformer.MultimodalTransformer`."""
+
+    mmfast_original = transformer.MultimodalTransformer
+
+
 NORMS.update(dict.fromkeys((transformer.LayerNorm, transformer.LayerNormFp32, LayerNorm, LayerNormFp32), ""))
 FLOAT32_NORMS.update((transformer.LayerNormFp32, LayerNormFp32))
 SCALES[transformer.LayerScale] = "gamma"
@@ -282,4 +350,9 @@ CLASSES = (
     CustomResidualAttentionBlock,
     Attention,
     VisionTransformer,
+    AttentionalPooler,
+    AttentionPool2d,
+    CLIP,
+    TextTransformer,
+    MultimodalTransformer,
 )

@@ -2,6 +2,8 @@
 
 from .activation import QuickGELU, get_act_layer
 from .attention import Attention, AttentionPoolLatent, AttentionPoolPrr
+from .attention_pool_2d import AttentionPool2d
+from .clip_loss import ClipLoss, DistillClipLoss
 from .cross_attention import CrossAttention
 from .drop import DropPath, PatchDropout
 from .layer_norm import LayerNorm
@@ -9,13 +11,17 @@ from .layer_scale import LayerScale
 from .mlp import GEGLU, GluMlp, Mlp, SwiGLU, SwiGLUPacked
 from .multihead_attention import MultiheadAttention
 from .patch_embed import NormedPatchEmbed, PatchEmbed, resample_patch_embed
+from .siglip_loss import SigLipLoss
 
 __all__ = [
     "GEGLU",
     "Attention",
+    "AttentionPool2d",
     "AttentionPoolLatent",
     "AttentionPoolPrr",
+    "ClipLoss",
     "CrossAttention",
+    "DistillClipLoss",
     "DropPath",
     "GluMlp",
     "LayerNorm",
@@ -26,6 +32,7 @@ __all__ = [
     "PatchDropout",
     "PatchEmbed",
     "QuickGELU",
+    "SigLipLoss",
     "SwiGLU",
     "SwiGLUPacked",
     "get_act_layer",

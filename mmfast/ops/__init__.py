@@ -5,9 +5,11 @@ from .attention import attention
 from .attention_maps import attention_maps
 from .attention_qkv import attention_qkv
 from .attention_varlen import attention_varlen
+from .clip_loss import clip_loss
 from .layer_norm import layer_norm
 from .linear_act import linear_act
 from .patch_embed import patch_embed
+from .siglip_loss import siglip_loss
 
 NAMES = (
     "layer_norm",
@@ -18,6 +20,8 @@ NAMES = (
     "attention_varlen",
     "linear_act",
     "patch_embed",
+    "clip_loss",
+    "siglip_loss",
 )
 """Every op. `mmfast.ops.X`, `mmfast.reference.X`, `mmfast.kernels.X` and `benchmarks/bench_X.py` exist for each."""
 
@@ -28,7 +32,9 @@ __all__ = [
     "attention_maps",
     "attention_qkv",
     "attention_varlen",
+    "clip_loss",
     "layer_norm",
     "linear_act",
     "patch_embed",
+    "siglip_loss",
 ]

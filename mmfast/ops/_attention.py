@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ._register import stats_dtype
+from ._register import autocasts, stats_dtype
 from ._validate import check_tensor
 
 MAX_HEAD_DIM = 256
@@ -35,7 +35,7 @@ def check_arguments(
             raise ValueError(f"{op}: {name} must have {least}, got {tuple(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"{op}: {name} must be on {q.device} like q, got {x.device}")
-        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if x.dtype != q.dtype and not autocasts(q.device):
             raise TypeError(f"{op}: {name} must be {q.dtype} like q, got {x.dtype}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{op}: k must have head_dim {q.shape[-1]} like q, got {k.shape[-1]}")
@@ -74,7 +74,7 @@ def check_mask(op: str, attn_mask: object, q: Tensor, shape: tuple[int, ...]) ->
     """Raise unless `attn_mask` is boolean, float32 or q's dtype, on q's device, and broadcasts to `shape`."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"{op}: attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
-    autocast = torch.is_autocast_enabled(q.device.type) and attn_mask.is_floating_point()
+    autocast = autocasts(q.device) and attn_mask.is_floating_point()
     if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype) and not autocast:
         raise TypeError(f"{op}: attn_mask must be torch.bool, torch.float32 or {q.dtype}, got {attn_mask.dtype}")
     if attn_mask.device != q.device:
@@ -114,7 +114,7 @@ def refusal(width: int, width_v: int, attn_mask: Tensor | None, dropout_p: float
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if autocasts(q.device) and q.dtype != torch.float64:
         return torch.get_autocast_dtype(q.device.type)
     return q.dtype
 

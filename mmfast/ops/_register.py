@@ -49,9 +49,8 @@ def register(
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmfast::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, autograd or torch.library.fallthrough_kernel, "Autograd")
-    if autograd is not None:
-        for device in ("cuda", "cpu"):
-            _LIBRARY.impl(name, _autocast(op, device, autocast), f"Autocast{device.upper()}")
+    for device in ("cuda", "cpu"):  # halves too: a backward pass may run where autocast is on
+        _LIBRARY.impl(name, _autocast(op, device, autocast), f"Autocast{device.upper()}")
     return op
 
 
@@ -73,6 +72,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
         return value.to(dtype)
     return value
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for the device; never where PyTorch has none, as on "meta", or ours has no rule."""
+    return device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
 
 
 def stats_dtype(x: torch.Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends
 from ._attention import check_mask, check_options, refusal
-from ._register import register, stats_dtype
+from ._register import autocasts, register, stats_dtype
 from ._validate import check_tensor
 
 OP = "attention_maps"
@@ -61,7 +61,7 @@ def attention_maps(
     """
     lead = _check(q, k, attn_mask, scale, lse, dtype)
     chosen = _check_heads(q, heads)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if autocasts(q.device) and q.dtype != torch.float64:
         q, k = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k))
     scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
     if chosen is not None:
@@ -130,7 +130,7 @@ def _check(
             raise ValueError(f"{OP}: {name} must have {least}, got {tuple(x.shape)}")
     if k.device != q.device:
         raise ValueError(f"{OP}: k must be on {q.device} like q, got {k.device}")
-    if k.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+    if k.dtype != q.dtype and not autocasts(q.device):
         raise TypeError(f"{OP}: k must be {q.dtype} like q, got {k.dtype}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{OP}: k must have head_dim {q.shape[-1]} like q, got {k.shape[-1]}")

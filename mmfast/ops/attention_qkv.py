@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ._attention import attention_torch, backward_torch, check_mask, check_options, forward_torch, refusal
-from ._register import differentiable_backward, register
+from ._register import autocasts, differentiable_backward, register
 from ._validate import check_tensor
 
 
@@ -169,7 +169,7 @@ def _width(qkv: Tensor, num_heads: int) -> int:
 def _facts(qkv: Tensor, num_heads: int, attn_mask: Tensor | None, dropout_p: float) -> backends.Facts:
     width = _width(qkv, num_heads)
     dtype = qkv.dtype
-    if torch.is_autocast_enabled(qkv.device.type) and dtype != torch.float64:
+    if autocasts(qkv.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(qkv.device.type)
     no = refusal(width, width, attn_mask, dropout_p, qkv.numel())
     return backends.Facts(qkv.device, dtype, width, qkv.shape[1], qkv.shape[1], no)

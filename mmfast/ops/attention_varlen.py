@@ -16,7 +16,7 @@ from ._attention_varlen_torch import (
     forward_varlen_torch,
     lengths,
 )
-from ._register import differentiable_backward, register, stats_dtype
+from ._register import autocasts, differentiable_backward, register, stats_dtype
 from ._validate import check_tensor
 
 OP = "attention_varlen"
@@ -72,7 +72,7 @@ def attention_varlen(
     if readable and q.is_cpu:
         _check_lengths("q", cu_seqlens_q, q.shape[0], max_q)
         _check_lengths("k", cu_seqlens_k, k.shape[0], max_k)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if autocasts(q.device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
     if (backends.torch_serves(q) or backends.choose(OP, _facts(q, k)) == "torch") and readable:
@@ -97,7 +97,7 @@ def _check(
             raise ValueError(f"{OP}: {name} must have shape {expected}, got {tuple(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"{OP}: {name} must be on {q.device} like q, got {x.device}")
-        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if x.dtype != q.dtype and not autocasts(q.device):
             raise TypeError(f"{OP}: {name} must be {q.dtype} like q, got {x.dtype}")
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"{OP}: k must have head_dim {q.shape[2]} like q, got {k.shape[2]}")

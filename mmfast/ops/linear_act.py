@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import backends
-from ._register import register
+from ._register import autocasts, register
 from ._validate import check_input, check_tensor
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "geglu", "swiglu")
@@ -309,12 +309,8 @@ def _wants_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _dtype(x: Tensor) -> torch.dtype:
     """The dtype of the product: that of x, or autocast's."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if _casts(kind) and x.dtype != torch.float64 else x.dtype
-
-
-def _casts(kind: str) -> bool:
-    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    casts = autocasts(x.device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -336,7 +332,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> N
             continue
         if value.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like x, got {value.device}")
-        if value.dtype != x.dtype and (torch.float64 in (value.dtype, x.dtype) or not _casts(x.device.type)):
+        if value.dtype != x.dtype and (torch.float64 in (value.dtype, x.dtype) or not autocasts(x.device)):
             raise TypeError(f"{op}: {name} must be {x.dtype} like x, got {value.dtype}")
 
 

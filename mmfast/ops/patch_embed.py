@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ._patch_embed_torch import PerChannel, patch_embed_backward_torch, patch_embed_torch, per_channel
-from ._register import differentiable_backward, register, stats_dtype
+from ._register import autocasts, differentiable_backward, register, stats_dtype
 from ._validate import check_tensor
 
 FOLDED_CHANNELS = 4
@@ -174,10 +174,9 @@ def _check_per_channel(name: str, values: PerChannel, channels: int, images: Ten
 
 def _autocast_dtype(images: Tensor, weight: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a convolution of these, or None where it leaves them alone."""
-    kind = images.device.type
-    if kind not in ("cuda", "cpu") or not torch.is_autocast_enabled(kind):
+    if not autocasts(images.device) or torch.float64 in (images.dtype, weight.dtype):
         return None
-    return None if torch.float64 in (images.dtype, weight.dtype) else torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(images.device.type)
 
 
 def _product_dtype(images: Tensor, weight: Tensor) -> torch.dtype:

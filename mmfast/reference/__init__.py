@@ -5,9 +5,11 @@ from .attention import attention
 from .attention_maps import attention_maps
 from .attention_qkv import attention_qkv
 from .attention_varlen import attention_varlen
+from .clip_loss import clip_loss
 from .layer_norm import layer_norm
 from .linear_act import linear_act
 from .patch_embed import patch_embed
+from .siglip_loss import siglip_loss
 
 __all__ = [
     "add_layer_norm",
@@ -15,7 +17,9 @@ __all__ = [
     "attention_maps",
     "attention_qkv",
     "attention_varlen",
+    "clip_loss",
     "layer_norm",
     "linear_act",
     "patch_embed",
+    "siglip_loss",
 ]

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from mmfast.cli import main
-from mmfast.commands import demo
-from mmfast.commands._demo_data import load
+from mmfast.commands._demo_data import load, shifted
 
 pytest.importorskip("sklearn")
 PNG = b"\x89PNG\r\n"
@@ -63,7 +62,7 @@ def test_missing_files_name_the_package(tmp_path: Path, capsys: pytest.CaptureFi
 def test_shifted_moves_pixels() -> None:
     image = torch.arange(16.0).view(1, 1, 4, 4)
     torch.manual_seed(3)
-    moves = {tuple(demo.shifted(image, 1).flatten().tolist()) for _ in range(60)}
+    moves = {tuple(shifted(image, 1).flatten().tolist()) for _ in range(60)}
     assert len(moves) == 9
     assert tuple(image.flatten().tolist()) in moves
     down = torch.cat([image[:, :, :1], image[:, :, :3]], dim=2)

@@ -59,6 +59,8 @@ SIZES = {
     "num_labels": 5,
 }
 
+CLIP_SIZES = {key: value for key, value in SIZES.items() if key != "num_labels"} | {"intermediate_size": 32}
+
 
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
@@ -79,6 +81,21 @@ def _dinov2_with_registers() -> nn.Module:
 
     config = Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, drop_path_rate=0.5, layerscale_value=0.5)
     return Dinov2WithRegistersForImageClassification(config)
+
+
+def _clip_vision() -> nn.Module:
+    from transformers import CLIPConfig, CLIPForImageClassification
+
+    return CLIPForImageClassification(CLIPConfig(vision_config=CLIP_SIZES, num_labels=5))
+
+
+def _siglip_vision() -> nn.Module:
+    from transformers import SiglipConfig, SiglipForImageClassification
+
+    # Without the pooling head, which has attention of its own.
+    return SiglipForImageClassification(
+        SiglipConfig(vision_config={**CLIP_SIZES, "vision_use_head": False}, num_labels=5)
+    )
 
 
 def _timm_everything() -> nn.Module:
@@ -118,7 +135,11 @@ FAMILIES = {
         lambda m: m.dinov2_with_registers.encoder.layer[-1],
         _DINO,
     ),
+    "clip": Family(_clip_vision, lambda m: m.vision_model.encoder.layers[-1], ("layer_norm2",)),
+    "siglip": Family(_siglip_vision, lambda m: m.vision_model.encoder.layers[-1], ("layer_norm2",)),
 }
+DETERMINISTIC = ("timm", "open_clip", "open_clip-custom", "clip", "siglip")
+"""Families whose training has no randomness."""
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -16,7 +16,19 @@ from torch import Tensor, nn
 
 import mmfast
 
-from .families import DEPTH, FAMILIES, assert_close, assert_same, build, fused, images, logits, outcome, tolerance
+from .families import (
+    DEPTH,
+    DETERMINISTIC,
+    FAMILIES,
+    assert_close,
+    assert_same,
+    build,
+    fused,
+    images,
+    logits,
+    outcome,
+    tolerance,
+)
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -106,7 +118,7 @@ def test_drop_path_and_dropout_draw_the_same_masks(name: str) -> None:
     torch.testing.assert_close(logits(model, x), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(4)
-    if name != "timm" and "open_clip" not in name:  # which are without any randomness
+    if name not in DETERMINISTIC:
         assert not torch.equal(logits(model, x), expected)
 
 

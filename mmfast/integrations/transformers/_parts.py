@@ -42,6 +42,11 @@ def known_attention(original: type[nn.Module], *candidates: type[Accelerated]) -
         return known(original, *candidates)
 
 
+def local_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, N, H * d) -> (B, H, N, d), a view. H is as many as there are: under tensor parallelism, those of the rank."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
 class _Attention(FusedAttention):
     """Of any release. Another implementation than "sdpa" is what the model's owner has asked for."""
 
@@ -84,7 +89,7 @@ class Attention(_Attention):
         "$10[0].reshape(2,5,-1) $11.contiguous() o_proj($12) -> ($13, $10[1])"
     )
     outlines = frozenset({" | ".join((_steps.format("attention_dropout"), _steps.format("0.0")))})
-    num_attention_heads: int
+    head_dim: int
     attention_dropout: float
     q_proj: Any
     k_proj: Any
@@ -98,8 +103,7 @@ class Attention(_Attention):
         x = hidden_states
         if not self._takes(x, attention_mask, self.attention_dropout, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        heads = self.num_attention_heads
-        q, k, v = (split_heads(project(x), heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (local_heads(project(x), self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(attend(q, k, v, attention_mask, scale=self.scaling)), None
 
 
