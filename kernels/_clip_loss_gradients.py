@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ._clip_loss_tile import LOG2E, logit_gradient, logit_tile
+from ._common import column_pieces
 
 
 @triton.jit(do_not_specialize=["first", "steps"])
@@ -62,7 +63,10 @@ def logit_gradient_kernel(
     _finish(
         *(s, first_column, rows, n_rows, n_columns, first, row_max_ptr, column_max_ptr, row_ptr),
         *(column_ptr, row_target_ptr, column_target_ptr, image_ids_ptr, text_ids_ptr, gradient_ptr),
-        *(RAISE, BLOCK_M, BLOCK_N, PARTS),
+        RAISE=RAISE,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        PARTS=PARTS,
     )
 
 
@@ -88,28 +92,17 @@ def _finish(
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    if PARTS == 1:
-        columns = first_column + tl.arange(0, BLOCK_N)
+    PIECE: tl.constexpr = BLOCK_N // PARTS
+    pieces = column_pieces(s, PARTS)
+    for i in tl.static_range(PARTS):
+        columns = first_column + i * PIECE + tl.arange(0, PIECE)
         g = logit_gradient(
-            *(s, rows, columns, n_rows, n_columns, first, row_max_ptr, column_max_ptr, row_ptr, column_ptr),
+            *(pieces[i], rows, columns, n_rows, n_columns, first, row_max_ptr, column_max_ptr, row_ptr, column_ptr),
             *(row_target_ptr, column_target_ptr, image_ids_ptr, text_ids_ptr),
         )
         out = gradient_ptr + rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
         keep = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
         tl.store(out, (g * RAISE).to(gradient_ptr.dtype.element_ty), mask=keep)
-    else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = tl.split(tl.permute(tl.reshape(s, [BLOCK_M, 2, HALF]), (0, 2, 1)))
-        _finish(
-            *(left, first_column, rows, n_rows, n_columns, first, row_max_ptr, column_max_ptr, row_ptr),
-            *(column_ptr, row_target_ptr, column_target_ptr, image_ids_ptr, text_ids_ptr, gradient_ptr),
-            *(RAISE, BLOCK_M, HALF, PARTS // 2),
-        )
-        _finish(
-            *(right, first_column + HALF, rows, n_rows, n_columns, first, row_max_ptr, column_max_ptr, row_ptr),
-            *(column_ptr, row_target_ptr, column_target_ptr, image_ids_ptr, text_ids_ptr, gradient_ptr),
-            *(RAISE, BLOCK_M, HALF, PARTS // 2),
-        )
 
 
 @triton.jit(do_not_specialize=["first", "blocks"])

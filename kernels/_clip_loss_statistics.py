@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ._clip_loss_tile import LOG2E, crosses, ids_of, logit_tile
+from ._common import column_pieces
 
 
 @triton.jit(do_not_specialize=["first", "blocks", "steps"])
@@ -45,6 +46,7 @@ def clip_loss_statistics_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    PIECE: tl.constexpr = BLOCK_N // PARTS
     program = tl.program_id(0)
     split = tl.program_id(1)
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
@@ -64,11 +66,17 @@ def clip_loss_statistics_kernel(
                 *(image_ptr, text_ptr, rows, columns, n_rows, n_columns, scale, steps),
                 *(D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
             )  # [BLOCK_M, BLOCK_N]
-            top, total, positive, count, best = _tile(
-                *(s, top, total, positive, count, best, image_ids_ptr, text_ids_ptr, column_max_ptr, column_sum_ptr),
-                *(column_positive_ptr, column_count_ptr, column_best_ptr, buffer, row_block * BLOCK_M),
-                *(block * BLOCK_N, n_rows, n_columns, first, row_block == program, EVEN, BLOCK_M, BLOCK_N, PARTS),
-            )
+            # In pieces, so that the columns' statistics take few registers at a time.
+            pieces = column_pieces(s, PARTS)
+            for i in tl.static_range(PARTS):
+                top, total, positive, count, best = _piece(
+                    *(pieces[i], top, total, positive, count, best, image_ids_ptr, text_ids_ptr, column_max_ptr),
+                    *(column_sum_ptr, column_positive_ptr, column_count_ptr, column_best_ptr, buffer),
+                    *(row_block * BLOCK_M, block * BLOCK_N + i * PIECE, n_rows, n_columns, first, row_block == program),
+                    EVEN=EVEN,
+                    BLOCK_M=BLOCK_M,
+                    BLOCK_N=PIECE,
+                )
         keep = rows < n_rows
         tl.store(row_max_ptr + out + rows, top, mask=keep)
         tl.store(row_sum_ptr + out + rows, total, mask=keep)
@@ -80,8 +88,8 @@ def clip_loss_statistics_kernel(
 
 
 @triton.jit
-def _tile(
-    s,  # [BLOCK_M, BLOCK_N]: PARTS pieces, one after the other, so that a piece's column statistics take few registers
+def _piece(
+    s,  # [BLOCK_M, BLOCK_N]
     top,  # [BLOCK_M] statistics of the rows so far
     total,
     positive,
@@ -104,57 +112,8 @@ def _tile(
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
-    """Take a tile into the statistics; return those of the rows."""
-    if PARTS == 1:
-        top, total, positive, count, best = _piece(
-            *(s, top, total, positive, count, best, image_ids_ptr, text_ids_ptr, column_max_ptr, column_sum_ptr),
-            *(column_positive_ptr, column_count_ptr, column_best_ptr, buffer, first_row, first_column),
-            *(n_rows, n_columns, first, fresh, EVEN, BLOCK_M, BLOCK_N),
-        )
-    else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = tl.split(tl.permute(tl.reshape(s, [BLOCK_M, 2, HALF]), (0, 2, 1)))
-        top, total, positive, count, best = _tile(
-            *(left, top, total, positive, count, best, image_ids_ptr, text_ids_ptr, column_max_ptr, column_sum_ptr),
-            *(column_positive_ptr, column_count_ptr, column_best_ptr, buffer, first_row, first_column),
-            *(n_rows, n_columns, first, fresh, EVEN, BLOCK_M, HALF, PARTS // 2),
-        )
-        top, total, positive, count, best = _tile(
-            *(right, top, total, positive, count, best, image_ids_ptr, text_ids_ptr, column_max_ptr, column_sum_ptr),
-            *(column_positive_ptr, column_count_ptr, column_best_ptr, buffer, first_row, first_column + HALF),
-            *(n_rows, n_columns, first, fresh, EVEN, BLOCK_M, HALF, PARTS // 2),
-        )
-    return top, total, positive, count, best
-
-
-@triton.jit
-def _piece(
-    s,
-    top,
-    total,
-    positive,
-    count,
-    best,
-    image_ids_ptr,
-    text_ids_ptr,
-    column_max_ptr,
-    column_sum_ptr,
-    column_positive_ptr,
-    column_count_ptr,
-    column_best_ptr,
-    buffer,
-    first_row,
-    first_column,
-    n_rows,
-    n_columns,
-    first,
-    fresh,
-    EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    """Take a piece of a tile into the statistics; return those of the rows."""
     BEST: tl.constexpr = column_best_ptr is not None
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)

@@ -71,6 +71,38 @@ def row_offsets(rows, inner, stride_outer, stride_inner, C: tl.constexpr):
     return offsets
 
 
+@triton.jit
+def column_pieces(x, PARTS: tl.constexpr):
+    """A tile's columns in 1, 2, 4 or 8 pieces, one after the other, so that an epilogue takes few registers at a time.
+
+    Not by recursion: Triton 3.4 never finishes with a function that calls itself.
+    """
+    if PARTS == 1:
+        pieces = (x,)
+    elif PARTS == 2:
+        left, right = _column_halves(x)
+        pieces = (left, right)
+    else:
+        tl.static_assert(PARTS == 4 or PARTS == 8)
+        left, right = _column_halves(x)
+        a, b = _column_halves(left)
+        c, d = _column_halves(right)
+        if PARTS == 4:
+            pieces = (a, b, c, d)
+        else:
+            a1, a2 = _column_halves(a)
+            b1, b2 = _column_halves(b)
+            c1, c2 = _column_halves(c)
+            d1, d2 = _column_halves(d)
+            pieces = (a1, a2, b1, b2, c1, c2, d1, d2)
+    return pieces
+
+
+@triton.jit
+def _column_halves(x):
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
 def resident_programs(device: torch.device) -> int:
     """Programs of a persistent grid: two a multiprocessor; a few in the interpreter."""
     if device.type != "cuda":

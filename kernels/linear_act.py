@@ -29,7 +29,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Compilation, as_rows, as_vector, on_device, resident_programs, row_offsets, triton_type
+from ._common import (
+    Compilation,
+    as_rows,
+    as_vector,
+    column_pieces,
+    on_device,
+    resident_programs,
+    row_offsets,
+    triton_type,
+)
 from ._linear_act_math import GATED, activate
 from ._linear_act_passes import activation_forward, linear_act_backward
 
@@ -146,14 +155,10 @@ def _finish(
     BLOCK_OUT: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    if PARTS == 1:
-        _store(acc, bias_ptr, y_ptr, pre_ptr, rows, n_rows, first, WIDTH, ACTIVATION, GATE, BLOCK_OUT)
-    else:
-        HALF: tl.constexpr = BLOCK_OUT // 2
-        halves = tl.reshape(acc, [acc.shape[0], 2, acc.shape[1] // 2])
-        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        _finish(left, bias_ptr, y_ptr, pre_ptr, rows, n_rows, first, WIDTH, ACTIVATION, GATE, HALF, PARTS // 2)
-        _finish(right, bias_ptr, y_ptr, pre_ptr, rows, n_rows, first + HALF, WIDTH, ACTIVATION, GATE, HALF, PARTS // 2)
+    PIECE: tl.constexpr = BLOCK_OUT // PARTS
+    pieces = column_pieces(acc, PARTS)
+    for i in tl.static_range(PARTS):
+        _store(pieces[i], bias_ptr, y_ptr, pre_ptr, rows, n_rows, first + i * PIECE, WIDTH, ACTIVATION, GATE, PIECE)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._clip_loss_tile import LOG2E, crosses, ids_of, logit_tile
-from ._common import device_major, on_device
+from ._common import column_pieces, device_major, on_device
 from .clip_loss import accumulate, small_ids
 
 BLOCK_SIDE = 8192
@@ -162,9 +162,13 @@ def _terms(
     PARTS: tl.constexpr,
 ):
     """Seven sums over the columns, each [BLOCK_M]; what is not asked for is 0. Stores g."""
-    if PARTS == 1:
-        a, b, c, d, e, f, g = _piece(
-            dots,
+    PIECE: tl.constexpr = BLOCK_N // PARTS
+    zero = tl.zeros([BLOCK_M], tl.float32)
+    a, b, c, d, e, f, g = zero, zero, zero, zero, zero, zero, zero
+    pieces = column_pieces(dots, PARTS)
+    for i in tl.static_range(PARTS):
+        a1, b1, c1, d1, e1, f1, g1 = _piece(
+            pieces[i],
             scale,
             bias,
             row_ids,
@@ -172,7 +176,7 @@ def _terms(
             positive_ptr,
             gradient_ptr,
             first_row,
-            first_column,
+            first_column + i * PIECE,
             n_rows,
             n_columns,
             first,
@@ -181,54 +185,9 @@ def _terms(
             METRICS,
             RAISE,
             BLOCK_M,
-            BLOCK_N,
+            PIECE,
         )
-    else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = tl.split(tl.permute(tl.reshape(dots, [BLOCK_M, 2, HALF]), (0, 2, 1)))
-        a, b, c, d, e, f, g = _terms(
-            left,
-            scale,
-            bias,
-            row_ids,
-            text_ids_ptr,
-            positive_ptr,
-            gradient_ptr,
-            first_row,
-            first_column,
-            n_rows,
-            n_columns,
-            first,
-            stride,
-            GRADIENT,
-            METRICS,
-            RAISE,
-            BLOCK_M,
-            HALF,
-            PARTS // 2,
-        )
-        a2, b2, c2, d2, e2, f2, g2 = _terms(
-            right,
-            scale,
-            bias,
-            row_ids,
-            text_ids_ptr,
-            positive_ptr,
-            gradient_ptr,
-            first_row,
-            first_column + HALF,
-            n_rows,
-            n_columns,
-            first,
-            stride,
-            GRADIENT,
-            METRICS,
-            RAISE,
-            BLOCK_M,
-            HALF,
-            PARTS // 2,
-        )
-        a, b, c, d, e, f, g = a + a2, b + b2, c + c2, d + d2, e + e2, f + f2, g + g2
+        a, b, c, d, e, f, g = a + a1, b + b1, c + c1, d + d1, e + e1, f + f1, g + g1
     return a, b, c, d, e, f, g
 
 

@@ -202,9 +202,14 @@ def _triton_linear(facts: Facts) -> str | None:
     return why_not
 
 
+def _triton_linear_act(facts: Facts) -> str | None:
+    """As `_triton_linear`, for tiles in pieces."""
+    return _triton_tuples(facts) or _triton_linear(facts)
+
+
 def _triton_contrastive(facts: Facts) -> str | None:
     """The contrastive losses: float32 products would be truncated to tf32, which biases the loss more than bfloat16."""
-    why_not = _triton_floats(facts)
+    why_not = _triton_tuples(facts)
     if why_not is None and _forced != "triton" and facts.dtype == torch.float32:
         return "float32 features: chunks of cuBLAS products"
     return why_not
@@ -215,7 +220,7 @@ Rule = Callable[[Facts], str | None]
 TABLE: dict[str, tuple[tuple[str, Rule], ...]] = {
     "layer_norm": (("triton", _triton_floats),),
     "add_layer_norm": (("triton", _triton_one_row),),
-    "linear_act": (("triton", _triton_linear),),
+    "linear_act": (("triton", _triton_linear_act),),
     "patch_embed": (("triton", _triton_linear),),
     "attention": (("triton", _triton_attention),),
     "attention_qkv": (("triton", _triton_attention),),

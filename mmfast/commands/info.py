@@ -8,7 +8,7 @@ import os
 import platform
 from typing import Any
 
-ENVIRONMENT = ("MMFAST_BACKEND", "TRITON_INTERPRET")
+ENVIRONMENT = ("MMFAST_BACKEND", "MMFAST_CHECK_RANKS", "TRITON_INTERPRET")
 PEERS = ("timm", "torchvision", "transformers", "open_clip_torch", "vit-pytorch", "liger-kernel", "quack-kernels")
 
 

@@ -129,6 +129,7 @@ def gradients(
         torch.zeros((block.text.shape[0], image.shape[1]), dtype=dtype, device=image.device) if needs[1] else None
     )
     exact = image.is_cpu or image.dtype == dtype
+    raised = 4096.0 if image.dtype == torch.float16 and not exact else 1.0  # its smallest normal number is 6e-5
     right = text.to(dtype) if exact else text
     for part, logits, spare in _chunks(block):
         torch.sub(logits, weights.row_max[part, None], out=spare).exp2_().mul_(weights.row[part, None])
@@ -140,15 +141,15 @@ def gradients(
                 logits.sub_(spare.masked_fill_(~same, 0.0))
         else:
             diagonal_of(logits, part, block.first)[0].zero_()
-        g = logits if exact else logits.to(image.dtype)
+        g = logits if exact else logits.mul_(raised).to(image.dtype)
         if for_image is not None:
-            for_image[part] = product(g, right.T, dtype)
+            for_image[part] = product(g, right.T, dtype) / raised
         if for_text is not None:
             left = image[part].to(g.dtype)
             if g.dtype == dtype:
                 for_text.addmm_(g.T, left)
             else:
-                for_text += product(g.T, left.T, dtype)
+                for_text.add_(product(g.T, left.T, dtype), alpha=1 / raised)
     return for_image, for_text
 
 

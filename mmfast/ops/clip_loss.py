@@ -65,7 +65,8 @@ def clip_loss(
             of, the same on every rank; None: this process alone. Every rank must give as many rows.
         grad_reduction: with a group, "ddp_mean": gradients are the group's size times those of the whole batch by this
             rank's tensors, which the mean that DistributedDataParallel takes makes right; "sum": exactly those by this
-            rank's rows, and for `logit_scale` this rank's part of the sum.
+            rank's rows, and for `logit_scale` this rank's part of the sum. Ranks compare their batches first; see
+            MMFAST_CHECK_RANKS in the README.
         return_metrics: also return a dict of detached float32 scalars: `image_to_text_loss`, `text_to_image_loss`,
             and the shares of images and texts whose best match is right, `image_to_text_top1`, `text_to_image_top1`.
 
@@ -108,9 +109,13 @@ def clip_loss(
         loss = (losses + none, text_losses + none) if reduction == "none" else loss + none
     if not return_metrics:
         return loss
-    values = totals.detach().to(torch.float32)
-    keys = ("image_to_text_loss", "text_to_image_loss", "image_to_text_top1", "text_to_image_top1")
-    return loss, dict(zip(keys, (values[[0, 1, 4, 5]] / values[[2, 3, 2, 3]]).unbind(), strict=True))
+    images, texts, n_images, n_texts, image_hits, text_hits = totals.detach().to(torch.float32).unbind()
+    return loss, {
+        "image_to_text_loss": images / n_images,
+        "text_to_image_loss": texts / n_texts,
+        "image_to_text_top1": image_hits / n_images,
+        "text_to_image_top1": text_hits / n_texts,
+    }
 
 
 def cost(image_features: Tensor, text_features: Tensor, *, backward: bool = False) -> dict[str, int]:
