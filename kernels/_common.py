@@ -81,20 +81,20 @@ def column_pieces(x, PARTS: tl.constexpr):
         pieces = (x,)
     elif PARTS == 2:
         left, right = _column_halves(x)
-        pieces = (left, right)
+        pieces = (left, right)  # type: ignore[assignment]
     else:
         tl.static_assert(PARTS == 4 or PARTS == 8)
         left, right = _column_halves(x)
         a, b = _column_halves(left)
         c, d = _column_halves(right)
         if PARTS == 4:
-            pieces = (a, b, c, d)
+            pieces = (a, b, c, d)  # type: ignore[assignment]
         else:
             a1, a2 = _column_halves(a)
             b1, b2 = _column_halves(b)
             c1, c2 = _column_halves(c)
             d1, d2 = _column_halves(d)
-            pieces = (a1, a2, b1, b2, c1, c2, d1, d2)
+            pieces = (a1, a2, b1, b2, c1, c2, d1, d2)  # type: ignore[assignment]
     return pieces
 
 
