@@ -99,7 +99,7 @@ def clip_loss_statistics(
     precision: str = "ieee",
 ) -> tuple[_Side, _Side]:
     """(max, sum, positive, count, best) of rows (M,) and of columns (N,): see `Side` of the torch backend."""
-    image, text = _whole_vectors(image), _whole_vectors(text)
+    image, text = _padded(image), _padded(text)
     (m, width), n = image.shape, text.shape[0]
     image_ids, text_ids = small_ids(image_ids, text_ids)
     config = TileConfig.statistics(m, n, image.dtype, device_major(image.device), ids=image_ids is not None, best=best)
@@ -172,7 +172,7 @@ def clip_loss_gradients(
     image_ids, text_ids = small_ids(image_ids, text_ids)
     weights = (row_max, column_max, row, column, row_target, column_target, image_ids, text_ids)
     given = image, text
-    image, text = _whole_vectors(image), _whole_vectors(text)
+    image, text = _padded(image), _padded(text)
     if own is None:
         own = owns(image.shape[1], image.dtype, device_major(image.device))
     if own and values is None and image is given[0]:
@@ -286,7 +286,7 @@ def accumulate(sums: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
         sums.addmm_(a.float(), b.float(), alpha=factor)
 
 
-def _whole_vectors(x: Tensor) -> Tensor:
+def _padded(x: Tensor) -> Tensor:
     """16-bit rows that are whole 16-byte pieces: columns of zeros change no product, and others load slowly."""
     beyond = -x.shape[1] % 8 if x.dtype != torch.float32 else 0
     return torch.nn.functional.pad(x, (0, beyond)) if beyond else x

@@ -34,6 +34,7 @@ from ._common import (
     as_rows,
     as_vector,
     column_pieces,
+    device_major,
     on_device,
     resident_programs,
     row_offsets,
@@ -45,7 +46,6 @@ from ._linear_act_passes import activation_forward, linear_act_backward
 __all__ = ["TileConfig", "activation_forward", "linear_act_backward", "linear_act_forward"]
 
 GROUP = 8
-_architectures: dict[torch.device, int] = {}
 
 
 @dataclass(frozen=True)
@@ -257,11 +257,8 @@ def linear_act_forward(
 
 def _device(device: torch.device) -> tuple[int, int]:
     """The device's major architecture and its multiprocessors."""
-    if device.type != "cuda":
-        return 9, resident_programs(device)
-    if device not in _architectures:
-        _architectures[device] = torch.cuda.get_device_properties(device).major
-    return _architectures[device], resident_programs(device) // 2
+    programs = resident_programs(device)
+    return device_major(device), programs // 2 if device.type == "cuda" else programs
 
 
 VIT_FC1 = ((384, 1536), (768, 3072), (1024, 4096), (1280, 5120))

@@ -467,6 +467,7 @@ def test_text_tower_of_a_resnet_clip() -> None:
     )
     state = PEERS["oc-resnet"]().state_dict()
     tower.load_state_dict(convert.from_open_clip(state, "transformers", model="CLIPTextModelWithProjection"))
+    torch.testing.assert_close(tower.text_projection.weight.double(), state["text_projection"].T.double())
 
 
 def test_dtype_device_and_mode_are_kept() -> None:
