@@ -24,7 +24,10 @@ DEMO := $(VENV)/.mmfast-demo
 TRITON36 := $(abspath $(VENV))/triton36
 WORKERS ?= 2
 # Benchmarks that hold a bound on a CPU: never slower than the module replaced, at most 10 us added to a call.
-TIME_BOUNDS := benchmarks/bench_layer_norm.py benchmarks/bench_registration.py benchmarks/bench_clip_loss.py
+TIME_BOUNDS := benchmarks/bench_layer_norm.py benchmarks/bench_registration.py benchmarks/bench_clip_loss.py \
+	benchmarks/bench_q_sample.py benchmarks/bench_ddim_step.py
+# To collect the others takes half a minute.
+WITH_KERNELS = $$(grep -rlE 'triton|BACKENDS|SERVED' tests --include='test_*.py')
 
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,15 +45,16 @@ $(DEV): pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install -qq --no-compile -e '.[dev]'
 	@touch $@ $(DEMO)
 
-demo: $(DEMO)  ## train a small ViT and a small CLIP on real images, and look at what they do
+demo: $(DEMO)  ## train a small ViT, a small CLIP and a small diffusion model on real images, and look at what they do
 	$(BIN)/python -m mmfast.cli demo vit --output demo-output
 	$(BIN)/python -m mmfast.cli demo clip --output demo-output
+	$(BIN)/python -m mmfast.cli demo diffusion --output demo-output
 
 test: $(DEV)  ## run the tests: PyTorch paths and parity, then the Triton kernels in their interpreter
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu and not triton and not timing' $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m timing $$(grep -rl mark.timing tests) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(TIME_BOUNDS) -o python_files='bench_*.py' --import-mode=importlib -k 'slower or adds'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'triton and not gpu' $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'triton and not gpu' $(WITH_KERNELS) $(PYTEST_ARGS)
 
 test-all: test  ## the tests, and the kernels again with Triton 3.6, the pair of torch 2.11
 	test -d $(TRITON36) || env -u PIP_CONSTRAINT $(BIN)/python -m pip install -qq --no-compile --no-deps --target $(TRITON36) triton==3.6.0

@@ -99,6 +99,7 @@ class Record:
     times: list[float] = field(default_factory=list)
     moved: int = 0  # bytes that a call cannot do without, 0 where memory is not the limit
     flops: int = 0  # likewise
+    normals: int = 0  # normal numbers that a call makes
     limit: float | None = None  # seconds that something else than bytes and FLOPs takes at least
     images: int = 0  # a call
     backend: str = ""  # the implementation that served the call, where a provider may pick one

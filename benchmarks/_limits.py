@@ -1,8 +1,9 @@
 """What a measurement is held against: the least time that its bytes, its FLOPs and its other work could take.
 
-Two rates are measured in the run itself, of PyTorch's own ops: bytes, by a large copy, and FLOPs, by a large matrix
-product in the row's dtype. A third number is the data sheet's peak of tensor-core FLOPs, where the device's name is
-known; exponentials have no measured rate, so their limit comes from the sheet as well.
+Rates are measured in the run itself: of bytes, by a large copy; of FLOPs, by a large matrix product in the row's
+dtype, both PyTorch's own; and on a GPU of normal numbers from seeds, by the ops' own code. Another number is the data
+sheet's peak of tensor-core FLOPs, where the device's name is known; exponentials have no measured rate, so their limit
+comes from the sheet as well.
 """
 
 from __future__ import annotations
@@ -64,6 +65,20 @@ def product_rate(dtype: str, options: Options) -> Record:
     return record
 
 
+def normals_rate(options: Options) -> Record | None:
+    """Normal numbers of the kernels' generator, not stored: the limit of rows that make noise. None without a GPU."""
+    if options.device != "cuda":
+        return None
+    try:
+        from ._philox import filler
+    except ImportError:  # no Triton
+        return None
+    call, count = filler(1 << 28)
+    record = Record(Spec("philox", "mmfast", "forward", (count,), "fp32"), normals=count)
+    _time(record, call, options)
+    return record
+
+
 def _time(record: Record, call: Callable[[], Any], options: Options) -> None:
     for number in range(13):
         start: Any = CudaTime() if options.device == "cuda" else time.perf_counter()
@@ -80,6 +95,7 @@ class Limits:
     options: Options
     copy: Record | None = None
     products: dict[str, Record] = field(default_factory=dict)  # by dtype
+    noise: Record | None = None
 
     def measure(self, record: Record) -> None:
         """Measure the rates that this record is held against, once each a run."""
@@ -88,18 +104,23 @@ class Limits:
         dtype = record.spec.dtype
         if record.flops and dtype not in self.products:
             self.products[dtype] = product_rate(dtype, self.options)
+        if record.normals and self.noise is None:
+            self.noise = normals_rate(self.options)
 
     @property
     def records(self) -> list[Record]:
         """The measurements themselves, which are rows too."""
-        return ([self.copy] if self.copy else []) + list(self.products.values())
+        return [record for record in (self.copy, *self.products.values(), self.noise) if record]
 
     def seconds(self, record: Record) -> float | None:
-        """The least time of a record's bytes, FLOPs and other work, whichever takes longest, where one is known."""
+        """The least time of a record's bytes, FLOPs, noise and other work: of what takes longest, where it is known."""
         product = self.products.get(record.spec.dtype)
         known = [
             record.moved / (1e9 * bandwidth(self.copy)) if record.moved and self.copy else None,
             record.flops / (1e12 * flops_rate(product)) if record.flops and product else None,
+            record.normals * statistics.median(self.noise.times) / self.noise.normals
+            if record.normals and self.noise and self.noise.times
+            else None,
             record.limit,
         ]
         return max((seconds for seconds in known if seconds), default=None)

@@ -147,7 +147,8 @@ def measure(
 ) -> Callable[..., None]:
     """`measure(call, moved=bytes, flops=...)` times a call and records it under the test's spec.
 
-    `limit` is the least time in seconds of work other than bytes and FLOPs, `backend` what serves the call.
+    `normals` counts numbers that are drawn; `limit` is the least time in seconds of other work; `backend` is what
+    serves the call.
     """
     state = request.config.stash[RUN]
 
@@ -156,12 +157,13 @@ def measure(
         *,
         moved: int = 0,
         flops: int = 0,
+        normals: int = 0,
         limit: float | None = None,
         images: int = 0,
         backend: str = "",
         gaps: bool = False,
     ) -> None:
-        made = Record(spec, moved=moved, flops=flops, limit=limit, images=images, backend=backend)
+        made = Record(spec, moved=moved, flops=flops, normals=normals, limit=limit, images=images, backend=backend)
         record = state.records.setdefault(spec, made)
         record.backend = record.backend or backend
         state.limits.measure(record)

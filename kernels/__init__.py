@@ -13,9 +13,15 @@ from . import (
     attention_qkv,
     attention_varlen,
     clip_loss,
+    ddim_step,
+    ddpm_step,
     layer_norm,
     linear_act,
+    noise_like,
+    noise_mse,
     patch_embed,
+    q_sample,
+    q_step,
     siglip_loss,
 )
 
@@ -30,6 +36,12 @@ NAMES = (
     "patch_embed",
     "clip_loss",
     "siglip_loss",
+    "noise_like",
+    "q_sample",
+    "ddpm_step",
+    "ddim_step",
+    "noise_mse",
+    "q_step",
 )
 
 INTERPRETED = not isinstance(layer_norm.layer_norm_forward_kernel, JITFunction)
@@ -44,8 +56,14 @@ __all__ = [
     "attention_qkv",
     "attention_varlen",
     "clip_loss",
+    "ddim_step",
+    "ddpm_step",
     "layer_norm",
     "linear_act",
+    "noise_like",
+    "noise_mse",
     "patch_embed",
+    "q_sample",
+    "q_step",
     "siglip_loss",
 ]

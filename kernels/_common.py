@@ -152,6 +152,7 @@ class Compilation:
     tensor_cores: bool = False  # has a dot of 64 rows or more, 16-bit or tf32: HGMMA on sm_90, HMMA on sm_80
     waste: float | None = None  # FLOPs issued per useful FLOP at the shape in the label; below 1 where work is skipped
     waste_limit: float | None = None  # what `waste` must not exceed
+    normals: float | None = None  # normals a thread makes, four with one Philox, which must not be computed for each
 
 
 AUDIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

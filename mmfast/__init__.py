@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .backends import BackendError, Choice, Explanation, backend, explain
     from .contrastive import contrastive_step
     from .cuda_graph import CudaGraph, cuda_graph
+    from .noise_schedule import NoiseSchedule
+    from .ops._noise import sample_seeds
+    from .schedulers import DDIMScheduler, DDPMScheduler
 
 # Public name -> the module that holds it.
 _LAZY = {
@@ -33,6 +36,10 @@ _LAZY = {
     "contrastive_step": "contrastive",
     "CudaGraph": "cuda_graph",
     "cuda_graph": "cuda_graph",
+    "DDIMScheduler": "schedulers",
+    "DDPMScheduler": "schedulers",
+    "NoiseSchedule": "noise_schedule",
+    "sample_seeds": "ops._noise",
 }
 _SUBMODULES = ("convert", "models", "nn", "ops", "reference")
 
@@ -40,7 +47,10 @@ __all__ = [
     "BackendError",
     "Choice",
     "CudaGraph",
+    "DDIMScheduler",
+    "DDPMScheduler",
     "Explanation",
+    "NoiseSchedule",
     "Report",
     "__version__",
     "accelerate",
@@ -56,6 +66,7 @@ __all__ = [
     "reference",
     "report",
     "restore",
+    "sample_seeds",
 ]
 
 

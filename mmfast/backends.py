@@ -228,6 +228,12 @@ TABLE: dict[str, tuple[tuple[str, Rule], ...]] = {
     "attention_varlen": (("triton", _triton_attention),),
     "clip_loss": (("triton", _triton_contrastive),),
     "siglip_loss": (("triton", _triton_contrastive),),
+    "noise_like": (("triton", _triton_floats),),
+    "q_sample": (("triton", _triton_floats),),
+    "q_step": (("triton", _triton_floats),),
+    "noise_mse": (("triton", _triton_floats),),
+    "ddpm_step": (("triton", _triton_floats),),
+    "ddim_step": (("triton", _triton_floats),),
 }
 """Op -> its backends but `torch`, in order of preference, each with the rule that says why not."""
 

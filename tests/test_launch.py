@@ -117,6 +117,32 @@ def clip_loss() -> None:
     _contrastive_rows.finish_rows(raw, rnorm, sums, scale, pair=rows[0], partner=image)
 
 
+def _step_inputs(x: torch.Tensor, copies: int = 1, noise: torch.Tensor | None = None) -> tuple[Any, ...]:
+    """Model output, t and t_prev of unlike dtypes and strides, x, table, noise, seeds and seed."""
+    t, t_prev = torch.ones(len(x), dtype=torch.int32), torch.zeros(1, dtype=torch.int64).expand(len(x))
+    seeds = None if noise is not None else torch.arange(len(x))
+    return torch.cat((x,) * copies).float(), t, t_prev, x, torch.ones(11, 2), noise, seeds, 0
+
+
+def ddpm_step() -> None:
+    from mmfast.kernels.ddpm_step import ddpm_step_forward
+
+    x = torch.empty(2, 4, 8, 8, dtype=HALF)
+    ddpm_step_forward(*_step_inputs(x), "epsilon", None, 1.0, True, True, False, "fixed_small")
+    x = x.contiguous(memory_format=torch.channels_last)
+    inputs = list(_step_inputs(x, 2))
+    inputs[0] = torch.cat((inputs[0], inputs[0]), 1)
+    ddpm_step_forward(*inputs, "v_prediction", 7.5, 0.0, True, False, True, "learned_range")
+
+
+def ddim_step() -> None:
+    from mmfast.kernels.ddim_step import ddim_step_forward
+
+    x = torch.empty(1, 3, 5, 5, dtype=HALF)  # a batch of one: sizes of 1 become constants
+    ddim_step_forward(*_step_inputs(x, noise=x), "sample", None, 1.0, True, True, False, 0.5, True)
+    ddim_step_forward(*_step_inputs(x, 2), "epsilon", 7.5, 0.0, False, False, True, 0.0, False)
+
+
 def siglip_loss() -> None:
     from mmfast.kernels.siglip_loss import siglip_loss_forward
 
@@ -132,6 +158,62 @@ def siglip_loss() -> None:
         needs=(False, False, False, False),
         metrics=False,
     )
+
+
+def noise_mse() -> None:
+    from mmfast.kernels.noise_mse import noise_mse_backward, noise_mse_forward, noise_mse_forward_kernel
+
+    t, table, weight, seeds = torch.zeros(3).long(), torch.zeros(11, 2), torch.ones(3), torch.arange(3)
+    x = torch.empty(3, 2, 8, 8, dtype=HALF)
+    last = torch.empty(3, 8, 5, 7, dtype=HALF).to(memory_format=torch.channels_last)
+    for args in (
+        (x, None, None, None, None, seeds, 0, "epsilon", None, 0.0, "mean"),
+        (last, last, t[:1].expand(3), table, weight, None, -(1 << 40), "v_prediction", 5.0, 0.1, "sum"),
+        (x, x, t, table, weight[:1].expand(3), seeds, 0, "sample", 5.0, 0.0, "none"),
+        (x[:1, :1, 0, 0], None, None, None, weight[:1], seeds[:1], 1, "epsilon", None, 0.0, "none"),
+    ):
+        loss, _ = noise_mse_forward(*args, count=2, save_parts=args[4] is not None)
+        noise_mse_backward(loss, *args, count=2)
+    compiled = len(noise_mse_forward_kernel.device_caches[0][0])
+    for seed in (1, 16, 1 << 40, -1):  # nor does another seed or number of samples compile anew
+        noise_mse_forward(x[: 1 + seed % 2], *(None,) * 5, seed, "epsilon", None, 0.0, "mean", count=2)
+    assert len(noise_mse_forward_kernel.device_caches[0][0]) == compiled + 1  # seeds are a tensor above
+
+
+def noise_like() -> None:
+    from mmfast.kernels.noise_like import noise_like_forward, noise_like_forward_kernel
+
+    x = torch.empty(3, 4, 8, 8, dtype=HALF)
+    for samples in (x, x[:, :, :5, :3].contiguous(), x.to(memory_format=torch.channels_last), x[:1, :1, 0, 0]):
+        noise_like_forward(samples, torch.arange(len(samples)), 0, 0.1)
+        for seed in (1, 16, 1 << 40, -1):
+            noise_like_forward(samples, None, seed, 0.0)
+    compiled = len(noise_like_forward_kernel.device_caches[0][0])
+    noise_like_forward(x[:2], None, 12345, 0.0)  # neither a seed nor a batch compiles anew
+    assert len(noise_like_forward_kernel.device_caches[0][0]) == compiled
+
+
+def q_sample() -> None:
+    from mmfast.kernels.q_sample import q_sample_backward, q_sample_forward, q_sample_forward_kernel
+
+    t, table, x = torch.zeros(3).long(), torch.zeros(11, 2), torch.empty(3, 2, 8, 8, dtype=HALF)
+    for noise, seeds, target in ((x, None, None), (None, torch.arange(3), "epsilon"), (None, None, "v_prediction")):
+        q_sample_forward(x, t, table, noise, seeds, 1, target=target, offset_noise=0.1 * (seeds is not None))
+    compiled = len(q_sample_forward_kernel.device_caches[0][0])
+    for size in (1, 2, 3):  # nor do timesteps that are all the same, or the length of the table
+        table = torch.zeros(size + 1, 2)
+        q_sample_forward(x[:size], t[:1].expand(size), table, None, None, 1 << 33, target="v_prediction")
+    assert len(q_sample_forward_kernel.device_caches[0][0]) == compiled
+    q_sample_backward(x, x, t[:1].expand(3), table, need_dnoise=True)
+
+
+def q_step() -> None:
+    from mmfast.kernels.q_step import q_step_backward, q_step_forward
+
+    t, table, x = torch.zeros(3).long(), torch.zeros(11, 2), torch.empty(3, 2, 8, 8, dtype=HALF)
+    for noise, seeds, seed in ((x, None, 0), (None, torch.arange(3), 0), (None, None, 1), (None, None, -(1 << 40))):
+        q_step_forward(x, t, table, noise, seeds, seed)
+    q_step_backward(x, t[:1].expand(3), table, need_dx=True, need_dnoise=True)
 
 
 CALLS: dict[str, tuple[Callable[[], None], set[str]]] = {
@@ -150,7 +232,19 @@ CALLS: dict[str, tuple[Callable[[], None], set[str]]] = {
             *("feature_gradient_kernel", "unit_rows_kernel", "finish_rows_kernel"),
         },
     ),
+    "ddim_step": (ddim_step, {"ddim_step_forward_kernel"}),
+    "ddpm_step": (ddpm_step, {"ddpm_step_forward_kernel"}),
     "layer_norm": (layer_norm, {"layer_norm_forward_kernel", "layer_norm_backward_kernel", "column_sums_kernel"}),
+    "noise_mse": (
+        noise_mse,
+        {
+            *("noise_mse_forward_kernel", "noise_mse_finish_kernel", "noise_mse_backward_kernel"),
+            "noise_like_forward_kernel",  # offset noise
+        },
+    ),
+    "noise_like": (noise_like, {"noise_like_forward_kernel"}),
+    "q_sample": (q_sample, {"q_sample_forward_kernel", "q_sample_backward_kernel", "noise_like_forward_kernel"}),
+    "q_step": (q_step, {"q_sample_forward_kernel", "q_sample_backward_kernel"}),
     "siglip_loss": (siglip_loss, {"siglip_loss_forward_kernel"}),
 }
 
@@ -171,5 +265,21 @@ def test_another_length_or_stride_compiles_nothing() -> None:
         attention_forward(q, q, q, None, is_causal=False, scale=0.2)
         compiled = len(short_forward_kernel.device_caches[0][0])
         if q.shape[2] == 18:
+            first = compiled
+    assert compiled == first
+
+
+@pytest.mark.usefixtures("launched")
+def test_another_step_of_a_sampler_compiles_nothing() -> None:
+    """Guidance, the range of the clip, eta, the seed, the batch, a larger sample: none is part of a kernel."""
+    from mmfast.kernels.ddim_step import ddim_step_forward, ddim_step_forward_kernel
+
+    for batch, guidance, clip, eta in ((2, 7.5, 1.0, 0.5), (3, 1.0, 2.0, 1.0), (1, 0.0, 0.7, 0.1), (16, 3.0, 4.0, 0.3)):
+        x = torch.empty(batch, 4, 16, 16 * batch, dtype=HALF)
+        inputs = list(_step_inputs(x, 2))
+        inputs[6], inputs[7] = None, batch << 40
+        ddim_step_forward(*inputs, "epsilon", guidance, clip, True, False, True, eta, False)
+        compiled = len(ddim_step_forward_kernel.device_caches[0][0])
+        if batch == 2:
             first = compiled
     assert compiled == first

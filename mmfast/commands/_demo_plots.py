@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import torch
@@ -125,6 +125,123 @@ def retrieval_sheet(
             place = {"va": "center", "fontsize": 9, "transform": axes[1].transAxes}
             axes[1].text(0.04, 0.8 - 0.3 * line, texts[text], color=colour, **place)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class Forward(NamedTuple):
+    """Images, and what noise makes of them."""
+
+    states: Tensor  # [1 + timesteps, images, 1, H, W], first without noise
+    timesteps: Sequence[int]
+    alphas_cumprod: Sequence[float]
+    labels: Sequence[str]
+
+
+class Reverse(NamedTuple):
+    """Noise, and what sampling makes of it."""
+
+    states: Tensor  # [steps + 1, samples, 1, H, W]
+    predictions: Tensor  # likewise
+    timesteps: Sequence[int]
+    labels: Sequence[str]
+
+
+def diffusion_strips(path: Path, forward: Forward, reverse: Reverse) -> None:
+    """From images to noise with alpha-bar, and below from noise to samples with the images predicted on the way."""
+    columns, count, samples = len(forward.states), len(forward.labels), len(reverse.labels)
+    figure = plt.figure(figsize=(1.45 * columns + 0.6, 1.5 * (count + 2 * samples) + 1.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(count + 0.5, 2 * samples + 0.4))
+    parts[0].suptitle("Forward: test images with noise")
+    pairs = zip(forward.timesteps, forward.alphas_cumprod, strict=True)
+    titles = ["$x_0$", *(f"t = {t}\n{_alpha_bar(alpha_bar)}" for t, alpha_bar in pairs)]
+    grid = parts[0].subplots(count, columns, squeeze=False)
+    _image_rows(grid, list(forward.states.transpose(0, 1)[:, :, 0]), forward.labels, titles)
+    parts[1].suptitle("Reverse: from noise to samples")
+    shown = torch.linspace(0, len(reverse.states) - 1, columns).round().long().tolist()
+    titles = [f"t = {reverse.timesteps[index]}" for index in shown[:-1]] + ["sample"]
+    rows, labels = [], []
+    for index, label in enumerate(reverse.labels):
+        rows += [reverse.states[shown, index, 0], reverse.predictions[shown, index, 0]]
+        labels += [f"{label}: $x_t$", "predicted $x_0$"]
+    _image_rows(parts[1].subplots(2 * samples, columns, squeeze=False), rows, labels, titles)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _alpha_bar(value: float) -> str:
+    """As text: 0.89780, or 2.4e-09 where that would be 0."""
+    return rf"$\bar\alpha$ = {value:.5f}" if value >= 1e-3 else rf"$\bar\alpha$ = {value:.1e}"
+
+
+def _image_rows(
+    grid: Any, rows: Sequence[Tensor], labels: Sequence[str], titles: Sequence[str] = (), wrong: Tensor | None = None
+) -> None:
+    """Rows of images (N, H, W) from -1 to 1, with a label beside each and titles above; red frames say `wrong`."""
+    for line, (axes, images) in enumerate(zip(grid, rows, strict=True)):
+        for column, (axis, image) in enumerate(zip(axes, images, strict=True)):
+            axis.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            red = wrong is not None and bool(wrong[line, column])
+            axis.spines[:].set(color="red" if red else "black", linewidth=4 if red else 0.8)
+        axes[0].set_ylabel(labels[line], fontsize=10)
+    for axis, title in zip(grid[0], titles, strict=False):
+        axis.set_title(title, fontsize=10)
+
+
+def sample_grid(
+    path: Path, samples: Tensor, wrong: Tensor, names: Sequence[str], rows: dict[str, Tensor], title: str
+) -> None:
+    """Samples (N, 1, H, W), one class a column, those that are `wrong` in red frames; below, rows with a label each."""
+    count = len(names)
+    shown = min(8, len(samples) // count)
+    heights = [*[1.0] * shown, 0.2, *[1.0] * len(rows)]
+    figure, grid = plt.subplots(
+        *(len(heights), count), figsize=(count + 0.5, sum(heights) + 0.7), height_ratios=heights, layout="constrained"
+    )
+    images, frames = (x[: shown * count].unflatten(0, (shown, count)) for x in (samples[:, 0], wrong))
+    _image_rows(grid[:shown], list(images), [f"sample {line + 1}" for line in range(shown)], names, frames)
+    for axis in grid[shown]:
+        axis.set_axis_off()
+    _image_rows(grid[shown + 1 :], [images[:, 0] for images in rows.values()], list(rows))
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def denoising_curve(path: Path, losses: Sequence[float], title: str) -> None:
+    """Training loss of each step."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    steps = torch.arange(1, len(losses) + 1)
+    axis.plot(steps.numpy(), losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
+    smooth = torch.tensor(losses).unfold(0, min(50, len(losses)), 1).mean(-1)
+    axis.plot(steps[-len(smooth) :].numpy(), smooth.numpy(), color="tab:blue", label="mean of 50 steps")
+    axis.set(xlabel="step", ylabel="mean squared error", ylim=(0, None), title=title)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def normal_check(path: Path, noise: Tensor) -> None:
+    """Histogram of noise (N,) beside the normal density, and its quantiles over the normal ones."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    values = noise.double().sort().values
+    left.hist(values.numpy(), bins=150, range=(-5, 5), density=True, color="tab:blue", alpha=0.5, label="noise_like")
+    x = torch.linspace(-5, 5, 400)
+    density = torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
+    left.plot(x.numpy(), density.numpy(), color="black", linewidth=1, label="normal density")
+    left.set(xlabel="value", ylabel="density", title=f"mean {values.mean():.5f}, standard deviation {values.std():.5f}")
+    left.legend(loc="upper left")
+    # Points at equal distances, not one for each value: most would lie in the middle.
+    most = torch.special.ndtri(torch.tensor(1 - 0.5 / len(values), dtype=torch.float64))
+    rank = torch.special.ndtr(torch.linspace(-float(most), float(most), 300, dtype=torch.float64)) * len(values) - 0.5
+    rank = rank.round().long().clamp(0, len(values) - 1).unique()
+    expected = torch.special.ndtri((rank.double() + 0.5) / len(values)).numpy()
+    right.plot(expected, expected, color="black", linewidth=1, label="normal")
+    right.plot(expected, values[rank].numpy(), ".", color="tab:blue", markersize=4, label="noise_like")
+    extremes = f"smallest {values[0]:.2f}, largest {values[-1]:.2f}"
+    right.set(xlabel="normal quantile", ylabel="quantile of the noise", title=f"{len(values):,} values: {extremes}")
+    right.legend()
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

@@ -97,7 +97,10 @@ def outputs_and_gradients(fn: Callable[..., Any], case: Any, dtype: torch.dtype 
         for (path, _), leaf in zip(found[0], leaves, strict=True)
         if isinstance(leaf, Tensor) and leaf.requires_grad
     }
-    gradients = torch.autograd.grad(outputs, list(inputs.values()), upstream)
+    pairs = [(y, g) for y, g in zip(outputs, upstream, strict=True) if y.requires_grad]  # noise has no gradient
+    ys, upstream = [y for y, _ in pairs], [g for _, g in pairs]
+    inputs = inputs if pairs else {}
+    gradients = torch.autograd.grad(ys, list(inputs.values()), upstream) if pairs else ()
     names = ["output"] if len(outputs) == 1 else [f"output {i}" for i in range(len(outputs))]
     return {
         **{name: y.detach() for name, y in zip(names, outputs, strict=True)},

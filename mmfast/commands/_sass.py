@@ -118,6 +118,11 @@ def tensor_instructions(code: str) -> Counter[str]:
     return Counter(re.findall(r"\b(UTCHMMA|HGMMA|HMMA)\b", code))
 
 
+def philox_calls(code: str) -> float:
+    """How often a thread computes Philox4x32-10, by its twenty wide unsigned products."""
+    return len(re.findall(r"\bIMAD\.WIDE\.U32\b", code)) / 20
+
+
 _DOT = re.compile(
     r"\btt\.dot\b.*?(?:inputPrecision\s*=\s*(?P<precision>\w+).*?)?:\s*tensor<(?:\d+x)+(?P<operand>\w+)[,>].*"
     r"->\s*tensor<(?P<result>(?:\d+x)+)\w+"

@@ -175,6 +175,10 @@ def _inspect(task: Task, compilation: Any, kernel: Any) -> Result:
         problems += [f"a {tile} dot without wgmma" for tile in dict.fromkeys(_sass.slow_dots(kernel.asm["ttgir"]))]
         if tensor["HGMMA"]:
             notes = _sass.wgmma_serialized(kernel.asm["ptx"], task.arch)
+    if compilation.normals is not None:
+        calls = _sass.philox_calls(code)
+        if not 0.8 <= 4 * calls / compilation.normals <= 1.2:  # the first round's products are half of them scalar
+            problems.append(f"{calls:.1f} Philox for {compilation.normals:g} normals a thread")
     problems += _waste_problems(compilation)
     return Result(
         task=task,

@@ -4,6 +4,8 @@
 predictions, loads the trained weights into timm's ViT as they are, accelerates that one, and compares.
 `mmfast demo clip` trains a small `mmfast.models.CLIP` on images with captions, names the classes of held-out images
 by captions it has not seen, and saves what each caption finds.
+`mmfast demo diffusion` trains a small U-Net in `mmfast.models.GaussianDiffusion`, samples images of each class, has a
+classifier say how many are what was asked for, and saves them with the steps from noise to image.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-DEMOS = ("vit", "clip")
+DEMOS = ("vit", "clip", "diffusion")
 DATA = ("digits", "fashion-mnist")
 
 
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo. Returns 1 if the accuracy is below what its recipe reaches."""
+    """Run the demo. Returns 1 if the result is below what its recipe reaches."""
     if args.epochs is not None and args.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
     return int(importlib.import_module(f"._demo_{args.name}", __package__).run(args))

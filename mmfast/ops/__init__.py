@@ -6,9 +6,15 @@ from .attention_maps import attention_maps
 from .attention_qkv import attention_qkv
 from .attention_varlen import attention_varlen
 from .clip_loss import clip_loss
+from .ddim_step import ddim_step
+from .ddpm_step import ddpm_step
 from .layer_norm import layer_norm
 from .linear_act import linear_act
+from .noise_like import noise_like
+from .noise_mse import noise_mse
 from .patch_embed import patch_embed
+from .q_sample import q_sample
+from .q_step import q_step
 from .siglip_loss import siglip_loss
 
 NAMES = (
@@ -22,6 +28,12 @@ NAMES = (
     "patch_embed",
     "clip_loss",
     "siglip_loss",
+    "noise_like",
+    "q_sample",
+    "noise_mse",
+    "q_step",
+    "ddpm_step",
+    "ddim_step",
 )
 """Every op. `mmfast.ops.X`, `mmfast.reference.X`, `mmfast.kernels.X` and `benchmarks/bench_X.py` exist for each."""
 
@@ -33,8 +45,14 @@ __all__ = [
     "attention_qkv",
     "attention_varlen",
     "clip_loss",
+    "ddim_step",
+    "ddpm_step",
     "layer_norm",
     "linear_act",
+    "noise_like",
+    "noise_mse",
     "patch_embed",
+    "q_sample",
+    "q_step",
     "siglip_loss",
 ]

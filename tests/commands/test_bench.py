@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from mmfast.benchmarks._limits import Limits
 from mmfast.commands import bench
 
 SPEC = Spec("layer_norm", "mmfast", "forward", (10, 20), "fp32")
+PART = "attention_qkv forward 2x3x197x64 fp32 eager"
 
 
 def rows_of(*records: Record, limits: Limits | None = None) -> list[dict[str, str]]:
@@ -32,25 +34,33 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_command_appends_a_row_a_measurement(tmp_path: Path) -> None:
+def test_command_appends_a_row_a_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of one benchmark all, of another the part that `--only` names; and the limits, once."""
     path = tmp_path / "results.csv"
-    line = [sys.executable, "-m", "mmfast.cli", "bench", "registration", "--quick", "--device", "cpu"]
-    # The bound on host time is a benchmark of its own; here a busy machine may break it and the rows still come.
     # pytest-benchmark does not measure where it finds itself beside other workers.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run([*line, "--csv", str(path)], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode in (0, 1), done.stderr
-    assert f"rows appended to {path}" in done.stdout
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    line = ["bench", "registration", "attention_qkv", "--quick", "--device", "cpu", "--csv", str(path)]
+    assert cli.main([*line, "--only", "registration", "--only", PART]) == 0
+    assert f"rows appended to {path}" in capfd.readouterr().out
     _results.append(path, rows_of(Record(SPEC, times=[1.0])))
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read(path)
     ways = {"F.layer_norm", "autograd.Function", "define/impl", "custom_op", "mmfast.ops.layer_norm"}
     assert {row["provider"] for row in rows if row["op"] == "registration"} == ways
-    assert len(rows) == 1 + 2 * len(ways) + 1  # the copy, each way in two modes, and the row appended afterwards
+    assert sorted(row["op"] for row in rows) == sorted(
+        ["copy", "matmul", *["registration"] * 2 * len(ways), "attention_qkv", "layer_norm"]
+    )
     assert all(0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"]) for row in rows)
     assert {row["torch"] for row in rows} == {torch.__version__}
-    (share,) = {row["copy_percent"] for row in rows if row["op"] == "copy"}
-    assert share == "100.0"
+    by_op = {row["op"]: row for row in rows}
+    assert by_op["copy"]["copy_percent"] == "100.0"
+    assert by_op["matmul"]["matmul_percent"] == "100.0"
+    part = by_op["attention_qkv"]
+    assert (part["provider"], part["backend"]) == ("eager", "flash_for_cpu")
+    rate = 4 * 2 * 3 * 197**2 * 64 / float(part["median_us"]) / 1e6
+    assert float(part["tflop_per_s"]) == pytest.approx(rate, rel=1e-3)
 
 
 def test_row_holds_bandwidth_and_its_share_of_the_copy() -> None:
@@ -84,6 +94,28 @@ def test_row_holds_flops_beside_the_limits_of_the_run(monkeypatch: pytest.Monkey
     assert rows_of(record, limits=limits)[0]["limit_percent"] == "80.0"
     record.spec = Spec("attention", "eager", "forward", (1,), "fp32")  # whose product was not measured
     assert rows_of(record, limits=limits)[0]["matmul_percent"] == ""
+
+
+def test_noise_that_is_made_is_held_against_the_generator_alone() -> None:
+    copy = Record(Spec("copy", "torch", "forward", (1,), "int8"), times=[1.0], moved=4 * 10**12)
+    noise = Record(Spec("philox", "mmfast", "forward", (1,), "fp32"), times=[2.0, 1.0, 1.0], normals=10**12)
+    limits = Limits(Options(), copy, noise=noise)
+    record = Record(SPEC, times=[20e-6], moved=8 * 10**6, normals=5 * 10**6)
+    (row,) = rows_of(record, limits=limits)
+    assert (row["limit_us"], row["limit_percent"]) == ("5.000", "25.0")  # 2 us of memory
+    record.moved *= 4
+    assert rows_of(record, limits=limits)[0]["limit_us"] == "8.000"
+    assert limits.records == [copy, noise]
+    assert _limits.normals_rate(Options()) is None  # on a CPU
+
+
+@pytest.mark.gpu
+def test_rate_of_the_generator_alone() -> None:
+    """Between what PyTorch's generator does, which also writes, and what the multiplications alone would allow."""
+    record = _limits.normals_rate(Options(device="cuda"))
+    assert record is not None
+    rate = record.normals / min(record.times)
+    assert 1e10 < rate < 1e13
 
 
 def test_limits_are_measured_once_a_run_and_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,26 +219,6 @@ def test_a_group_is_finished_and_none_is_begun_when_time_is_up() -> None:
     state.enter(None)  # a bound on time is no measurement
 
 
-def test_only_names_a_part(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    line = [sys.executable, "-m", "mmfast.cli", "bench", "attention_qkv", "--quick", "--device", "cpu"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [*line, "--only", "attention_qkv forward 2x3x197x64 fp32 eager", "--csv", str(path)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    copy, matmul, row = read(path)
-    assert (copy["op"], matmul["op"], row["op"], row["provider"]) == ("copy", "matmul", "attention_qkv", "eager")
-    assert row["backend"] == "flash_for_cpu"
-    assert matmul["matmul_percent"] == "100.0"
-    rate = 4 * 2 * 3 * 197**2 * 64 / float(row["median_us"]) / 1e6
-    assert float(row["tflop_per_s"]) == pytest.approx(rate, rel=1e-3)
-
-
 def test_passes_are_outermost_and_providers_alternate() -> None:
     found = list(_harness.specs("op", Options(passes=2), (((4,), "fp32"),), ("forward",), ("eager", "mmfast")))
     assert [(spec.provider, number) for spec, number in found] == [
@@ -281,12 +293,15 @@ def test_device_cuda_without_a_gpu_stops_early(command: str, capsys: pytest.Capt
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("target", ["gpu-check", "gpu-bench"])
-def test_gpu_commands_stop_early_without_a_gpu(target: str) -> None:
+def test_gpu_commands_stop_early_without_a_gpu() -> None:
+    """Both wait for the check that finds none: in one run that keeps going, neither begins."""
     root = Path(__file__).parents[2]
     if not (root / "Makefile").exists():
         pytest.skip("not in a checkout")
-    done = subprocess.run(["make", target, f"PYTHON={sys.executable}"], cwd=root, capture_output=True, text=True)
+    line = ["make", "--keep-going", "gpu-check", "gpu-bench", f"PYTHON={sys.executable}"]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     assert done.returncode != 0
-    assert "finds no GPU (nothing was run)" in done.stderr + done.stdout
+    assert (done.stderr + done.stdout).count("finds no GPU (nothing was run)") == 1
+    for target in ("gpu-check", "gpu-bench"):
+        assert re.search(f"Target .{target}. not remade because of errors", done.stderr)
     assert "installing" not in done.stdout

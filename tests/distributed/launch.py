@@ -77,6 +77,8 @@ def _all_cases(rank: int, size: int, cases: dict[str, Case]) -> dict[str, str]:
         with contextlib.suppress(RuntimeError):  # the others may wait for what this one did not do
             dist.barrier()
             continue
+        for other in list(cases)[list(cases).index(name) + 1 :]:
+            errors[other] = f"rank {rank}: not run, since a rank was lost in {name!r}\n"
         break
     return errors
 

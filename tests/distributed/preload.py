@@ -9,6 +9,7 @@ from mmfast.commands._torchvision import declare_torchvision_ops
 declare_torchvision_ops()
 
 import open_clip  # noqa: E402, F401
+import sklearn.datasets  # noqa: E402, F401
 
 import mmfast  # noqa: E402
 

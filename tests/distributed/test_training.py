@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
+import io
+import re
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +25,15 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 open_clip = pytest.importorskip("open_clip")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
 from open_clip import loss as theirs  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 import mmfast  # noqa: E402
+from mmfast.commands import _demo_clip as demo  # noqa: E402
+from mmfast.commands._demo_captions import CAPTIONS, Words  # noqa: E402
+from mmfast.commands._demo_data import load  # noqa: E402
 from mmfast.ops import _exchange, _exchange_ranks  # noqa: E402
 from tests.distributed.test_clip_loss import SIZES, set_to  # noqa: E402
 
@@ -289,6 +301,33 @@ def case_bytes_per_step(rank: int, size: int) -> None:
                 assert planned.statistics == counter["statistics"] + 2 * (size - 1) * counter["reduced"] // size
 
 
+def case_clip_demo(rank: int, size: int) -> None:
+    """`mmfast demo clip`: each process has half of every batch, and the losses are those of one process."""
+    epochs, classes = 1, CAPTIONS["digits"]
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()) as stream:
+        folder = Path(name)
+        args = argparse.Namespace(data="digits", data_dir=None, epochs=epochs, output=folder, seed=0)
+        assert demo._run(args, demo.Process(rank, size, torch.device("cpu"))) == 0
+        pictures = sorted(path.name for path in folder.iterdir())
+    printed = " ".join(stream.getvalue().split())
+    if rank:  # rank 0 alone prints and draws
+        assert (printed, pictures) == ("", [])
+        return
+    assert pictures == ["clip-digits-loss.png", "clip-digits-retrieval.png"]
+    assert printed.count("mmfast demo clip: digits") == 1
+    assert f"on cpu, {size} processes" in printed
+
+    torch.manual_seed(0)
+    tokenizer = Words(text.format(name) for text in classes.training for name in classes.names)
+    recipe = demo.RECIPES["digits"]
+    model = mmfast.models.CLIP(**demo.model_config(recipe, tokenizer))
+    alone, console = demo.Process(0, 1, torch.device("cpu")), Console(quiet=True)
+    losses, _, accuracies = demo.train(model, load("digits", None), classes, tokenizer, recipe, epochs, alone, console)
+    loss, accuracy = re.findall(r"epoch 1/1 loss ([\d.]+) zero-shot accuracy ([\d.]+)%", printed)[-1]
+    assert float(loss) == pytest.approx(losses[-1], abs=2e-3)
+    assert float(accuracy) == pytest.approx(100 * accuracies[-1], abs=1.0)
+
+
 def ringed(rank: int, size: int, *, case: Any) -> None:
     with set_to(_exchange, "GATHERED", 0):
         case(rank, size)
@@ -306,14 +345,15 @@ CASES: dict[str, Any] = {
         case_contrastive_step_in_ddp,
         case_contrastive_step_with_dropout_and_batch_norm,
         case_bytes_per_step,
+        case_clip_demo,
     )
 }
 RINGED = ("clip loss in ddp", "distill in ddp", "siglip in ddp", "sum without ddp", "bytes per step")
 CASES |= {f"{name} (ring)": partial(ringed, case=CASES[name]) for name in RINGED}
 
 
-COSTLY = ("compiled loss",)
-"""Cases that compile: two ranks show as much as four."""
+COSTLY = ("compiled loss", "clip demo")
+"""Cases that compile or train: two ranks show as much as four."""
 RUNS = {size: {name: case for name, case in CASES.items() if size == 2 or name not in COSTLY} for size in SIZES}
 
 

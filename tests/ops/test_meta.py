@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import mmfast
 from mmfast import ops
 
 
@@ -24,6 +25,20 @@ CALLS: dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]] = {
     "patch_embed": (lambda: ops.patch_embed(empty(2, 3, 8, 8), empty(6, 3, 4, 4), empty(6)), (2, 4, 6)),
     "clip_loss": (lambda: ops.clip_loss(empty(2000, 8), empty(2000, 8), 1.0), ()),
     "siglip_loss": (lambda: ops.siglip_loss(empty(2000, 8), empty(2000, 8), 1.0, 0.0), ()),
+    "noise_like": (lambda: ops.noise_like(empty(2, 3, 8, 8), 1), (2, 3, 8, 8)),
+    "q_sample": (lambda: ops.q_sample(empty(2, 3, 8, 8), 3, mmfast.NoiseSchedule().to("meta"), seed=1), (2, 3, 8, 8)),
+    "noise_mse": (lambda: ops.noise_mse(empty(2, 3, 8, 8), 1, reduction="none"), (2,)),
+    "q_step": (lambda: ops.q_step(empty(2, 3, 8, 8), 3, mmfast.NoiseSchedule().to("meta"), seed=1), (2, 3, 8, 8)),
+    "ddpm_step": (
+        lambda: ops.ddpm_step(empty(2, 3, 8), 9, 8, empty(2, 3, 8), mmfast.NoiseSchedule().to("meta")),
+        (2, 3, 8),
+    ),
+    "ddim_step": (
+        lambda: ops.ddim_step(
+            *(empty(4, 3, 8), 9, -1, empty(2, 3, 8), mmfast.NoiseSchedule().to("meta")), guidance=2.0, duplicate=True
+        ),
+        (4, 3, 8),
+    ),
 }
 
 
