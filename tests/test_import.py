@@ -81,3 +81,9 @@ def test_import_adds_under_half_a_second_to_torch() -> None:
         "print(time.perf_counter() - start)\n"
     )
     assert min(float(run(code)) for _ in range(3)) < 0.5
+
+
+def test_the_folder_of_kernels_imports_as_kernels() -> None:
+    """transformers and diffusers import a package of that name where they find one: from our root, our folder."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    assert run(f"import sys; sys.path.insert(0, {root!r}); import kernels; print(kernels.NAMES[0])") == "layer_norm\n"

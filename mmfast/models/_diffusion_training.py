@@ -10,8 +10,6 @@ from ..ops._noise import check_seed, fresh_seeds, sample_seeds
 from ..ops._noise_mse_torch import reduce_sums, sample_factor, sample_sums
 from ..reference import _philox
 
-STREAM = 7  # of timesteps and dropout; noises have 3, and what is 0, 1 or 2 modulo 4
-
 
 def seeds_of(seed: object, n: int, device: torch.device) -> Tensor:
     """int64 (n,) on the device: new seeds if `seed` is None, those derived from an int, or the given ones."""
@@ -39,7 +37,7 @@ def left_out(seeds: Tensor | None, n: int, probability: float, device: torch.dev
 
 def _words(seeds: Tensor) -> tuple[Tensor, ...]:
     low, high = seeds & _philox.MASK, (seeds >> 32) & _philox.MASK
-    return _philox.philox(low, high, torch.zeros_like(seeds), 0, 0, STREAM)
+    return _philox.philox(low, high, torch.zeros_like(seeds), 0, 0, _philox.Stream.TRAINING)
 
 
 def kept_loss(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -133,10 +132,31 @@ def q_sample_torch(
 
 def _combine(a: Tensor, u: Tensor, b: Tensor, v: Tensor, like: Tensor) -> Tensor:
     """`a u + b v` in the coefficients' dtype, rounded once, in the layout of `like`."""
+    if traced():
+        return dense(torch.addcmul(a * u, v.to(a.dtype), b).to(like.dtype), like)
+    if u.dtype == a.dtype:
+        return dense((a * u).addcmul_(v.to(a.dtype), b).to(like.dtype), like)
+    learned = torch.is_grad_enabled() and (u.requires_grad or v.requires_grad)
+    if u.is_cpu and u.numel() > CACHED and not learned:
+        return _combine_in_pieces(a, u, b, v, like)
     # Mixed arithmetic is slow on a CPU: cast, then stay in one dtype.
-    scaled = a * u if u.dtype == a.dtype else u.to(a.dtype).mul_(a)
-    add = functools.partial(torch.addcmul, scaled) if traced() else scaled.addcmul_  # vmap has no rule in place
-    return dense(add(v.to(a.dtype), b).to(like.dtype), like)
+    return dense(u.to(a.dtype).mul_(a).addcmul_(v.to(a.dtype), b).to(like.dtype), like)
+
+
+CACHED = 1 << 18
+"""Elements up to which 16-bit samples are cast to float32 whole on a CPU; beyond, new memory would cost the most."""
+
+
+def _combine_in_pieces(a: Tensor, u: Tensor, b: Tensor, v: Tensor, like: Tensor) -> Tensor:
+    out = new_like(like)
+    rows = max(1, CACHED // 4 // u[0].numel())
+    first, second = (torch.empty((rows, *u.shape[1:]), dtype=a.dtype) for _ in range(2))
+    for start in range(0, len(u), rows):
+        part = slice(start, start + rows)
+        count = len(u[part])
+        wide = first[:count].copy_(u[part]).mul_(a[part])
+        out[part] = wide.addcmul_(second[:count].copy_(v[part]), b[part])
+    return out
 
 
 def cost(x0: Tensor, *, target: bool = False, noise: bool = False, backward: bool = False) -> dict[str, int]:

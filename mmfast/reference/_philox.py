@@ -31,6 +31,7 @@ class Stream(IntEnum):
     Q_STEP = 1
     REVERSE_STEP = 2
     OFFSET = 3
+    TRAINING = 7  # timesteps and dropout of GaussianDiffusion
 
 
 def philox(

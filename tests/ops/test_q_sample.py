@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Any
 
@@ -332,3 +333,19 @@ def call(x0: Tensor, *args: Any, **kwargs: Any) -> None:
 def test_errors(error: type[Exception], message: str, wrong: Any) -> None:
     with pytest.raises(error, match=re.escape(f"q_sample: {message}")):
         wrong(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_large_16_bit_samples_on_a_cpu(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cast to float32 in pieces: the same numbers, with a rest of samples at the end."""
+    x0, _, schedule = draw(torch.device("cpu"), dtype=torch.bfloat16)
+    x0 = x0.repeat(3, 1, 1, 1)[:7].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    t, noise = torch.arange(7) * 140, torch.randn(7, 3, 4, 6)
+    wanted = ops.q_sample(x0, t, schedule, noise=noise, target="v_prediction")
+    module: Any = importlib.import_module("mmfast.ops.q_sample")
+    monkeypatch.setattr(module, "CACHED", 4 * 2 * x0[0].numel())  # pieces of two samples
+    with torch.no_grad():
+        found = ops.q_sample(x0, t, schedule, noise=noise, target="v_prediction")
+    for value, whole in zip(found, wanted, strict=True):
+        assert torch.equal(value, whole)
+        assert value.stride() == x0.stride()
