@@ -8,6 +8,7 @@ import torch
 import mmfast
 from mmfast import backends, ops
 from mmfast.backends import Facts
+from mmfast.ops import _noise
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -33,10 +34,12 @@ def test_the_choice_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert reason(op, Facts(CUDA, dtype, 256)) == ("triton", "first choice")
     # Products of float32 in full precision are the vendor's libraries'; of contrastive losses any in float32.
-    norms, contrastive = op in ("layer_norm", "add_layer_norm"), op in ("clip_loss", "siglip_loss")
+    contrastive = op in ("clip_loss", "siglip_loss")
+    diffusion = op in ("noise_like", "q_sample", "q_step", "noise_mse", "ddpm_step", "ddim_step")
+    elementwise = diffusion or op in ("layer_norm", "add_layer_norm")
     products = "float32 features: chunks of cuBLAS products" if contrastive else "float32 products at full precision"
     assert reason(op, Facts(CUDA, torch.float32, 64)) == (
-        ("triton", "first choice") if norms else ("torch", f"triton: {products}")
+        ("triton", "first choice") if elementwise else ("torch", f"triton: {products}")
     )
     monkeypatch.setattr(backends, "ieee_products", lambda: False)
     assert reason(op, Facts(CUDA, torch.float32, 64))[0] == ("torch" if contrastive else "triton")
@@ -48,6 +51,15 @@ def test_the_choice_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(op, Facts(CUDA, torch.float16, 768)) == ("torch", "triton: needs compute capability 8.0")
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert reason(op, Facts(CUDA, torch.float16, 768)) == ("torch", "triton: not tested on ROCm")
+
+
+def test_samples_that_kernels_cannot_count() -> None:
+    """Offsets within a sample are 32-bit numbers; the largest batch is not limited."""
+    for size, serves in (((1, 1 << 30), False), ((1, (1 << 30) - 1), True), ((1 << 10, 1 << 22), True)):
+        x = torch.empty(size, device="meta")
+        refusal = _noise.facts(x).refusal
+        assert (refusal is None) == serves
+        assert serves or refusal == "a sample of 1073741824 elements: kernels count them in 32 bits"
 
 
 @pytest.mark.usefixtures("no_gpu_needed")
