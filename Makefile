@@ -51,12 +51,14 @@ demo: $(DEMO)  ## train a small ViT, a small CLIP and a small diffusion model on
 	$(BIN)/python -m mmfast.cli demo diffusion --output demo-output
 
 test: $(DEV)  ## run the tests: PyTorch paths and parity, then the Triton kernels in their interpreter
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu and not triton and not timing' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not triton and not timing and not slow' $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m timing $$(grep -rl mark.timing tests) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(TIME_BOUNDS) -o python_files='bench_*.py' --import-mode=importlib -k 'slower or adds'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'triton and not gpu' $(WITH_KERNELS) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'triton and not gpu and not slow' \
+	  $(WITH_KERNELS) $(PYTEST_ARGS)
 
-test-all: test  ## the tests, and the kernels again with Triton 3.6, the pair of torch 2.11
+test-all: test  ## the tests, those marked slow, and the kernels again with Triton 3.6, the pair of torch 2.11
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'slow and not gpu and not triton' $(PYTEST_ARGS)
 	test -d $(TRITON36) || env -u PIP_CONSTRAINT $(BIN)/python -m pip install -qq --no-compile --no-deps --target $(TRITON36) triton==3.6.0
 	PYTHONPATH=$(TRITON36) $(BIN)/python -m pytest tests/test_audit.py $(PYTEST_ARGS)
 	PYTHONPATH=$(TRITON36) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'triton and not gpu' $(PYTEST_ARGS)

@@ -192,23 +192,6 @@ def test_layout_changes_nothing(shape: tuple[int, ...], backend: str, device: to
     assert torch.equal(strided[0], ops.noise_like(x[:1], SEED)[0] if backend == "torch" else strided[0])
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("size", [(8, 8), (5, 7)], ids=str)
-def test_block_size_changes_nothing(size: tuple[int, int], last: bool, device: torch.device) -> None:
-    from mmfast.kernels._samples import SamplePlan
-    from mmfast.kernels.noise_like import noise_like_forward
-
-    memory = torch.channels_last if last else torch.contiguous_format
-    x = torch.empty(2, 6, *size, device=device).contiguous(memory_format=memory)
-    plan = SamplePlan.of(x)
-    wanted = noise_like_forward(x, None, SEED, 0.25)
-    plain = noise_like_forward(x, None, SEED, 0.0).double().cpu()
-    torch.testing.assert_close(plain, true_normals(x, SEED), rtol=0, atol=4 * ACCURACY)
-    for block in (16, 32, 64):
-        assert torch.equal(noise_like_forward(x, None, SEED, 0.25, plan=plan.with_block(block)), wanted)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_bits_of_a_seed_count(backend: str, device: torch.device) -> None:
     x = torch.empty(1, 8, device=device)

@@ -224,7 +224,7 @@ def test_opcheck(index: int, backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])  # of the other ops `make test-all` runs inductor
 def test_compiled_equals_eager(compiler: str, backend: str, device: torch.device) -> None:
     """Full graph, forward and backward, then another batch size under dynamic shapes."""
 

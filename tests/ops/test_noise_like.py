@@ -28,7 +28,7 @@ def test_matches_the_reference(label: str, dtype: torch.dtype, backend: str, dev
 
 
 SHAPES = {
-    "wide": ((2, 2, 8, 8), False),
+    "wide": ((2, 2, 4, 4), False),
     "flat": ((2, 3, 5, 7), False),
     "line": ((2, 4, 4, 6), True),
     "channels_last": ((2, 40, 4, 3), True),
@@ -65,9 +65,9 @@ def test_tiles_of_any_size_make_the_same_bits(name: str, device: torch.device) -
 
     x = samples(name, device)
     plan = SamplePlan.of(x)
-    found = [noise_like_forward(x, None, 3, 0.25, plan=plan.with_block(block)) for block in (4, 8, 32, plan.block)]
-    for other in found[1:]:
-        assert torch.equal(found[0], other)
+    found = [noise_like_forward(x, None, 3, 0.25, plan=plan.with_block(block)) for block in (8, 16, plan.block)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.triton

@@ -122,8 +122,9 @@ def test_opcheck(op: str, index: int, backend: str, device: torch.device) -> Non
     ("op", "backend"),
     [
         ("ddim_step", "torch"),
-        *(pytest.param(op, "triton", marks=pytest.mark.triton) for op in OPS),
+        pytest.param("ddim_step", "triton", marks=pytest.mark.triton),
         pytest.param("ddpm_step", "torch", marks=pytest.mark.slow),
+        pytest.param("ddpm_step", "triton", marks=(pytest.mark.triton, pytest.mark.slow)),
     ],
 )
 def test_compiled_equals_eager(
