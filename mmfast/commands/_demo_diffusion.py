@@ -35,7 +35,7 @@ class Recipe:
 
 RECIPES = {
     "digits": Recipe((24, 48), 32, 1437, 64, 500, 0.9),
-    "fashion-mnist": Recipe((16, 32, 64), 3, 20800, 64, 500, 0.7),
+    "fashion-mnist": Recipe((16, 32, 64), 3, 16000, 64, 500, 0.7),
 }
 LEARNING_RATE = 3e-3
 STEPS = 25

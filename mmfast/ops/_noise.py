@@ -117,7 +117,8 @@ def check_samples(op: str, name: str, x: object) -> None:
 
 def fresh_seeds(x: Tensor) -> Tensor:
     """New int64 seeds (B,) from PyTorch's generator of x's device: new ones too in each replay of a CUDA graph."""
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (x.shape[0],), device=x.device)
+    # 63 bits: a compiler takes high - low in int64.
+    return torch.randint((1 << 63) - 1, (x.shape[0],), device=x.device)
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
