@@ -167,8 +167,8 @@ DECODE_QUERIES = 32
 """Queries up to which our kernel serves whatever the number of keys: it splits them, which cuDNN's engines do not."""
 
 
-def _triton_tuples(facts: Facts) -> str | None:
-    """As `_triton_floats`, for kernels whose tiles are tuples."""
+def _triton_since_3_4(facts: Facts) -> str | None:
+    """As `_triton_floats`, for kernels that older compilers fail on: tuples of tiles, noise that changes its layout."""
     why_not = _triton_floats(facts)
     if why_not is None and TRITON_VERSION < (3, 4):
         return "needs Triton 3.4"
@@ -177,7 +177,7 @@ def _triton_tuples(facts: Facts) -> str | None:
 
 def _triton_attention(facts: Facts) -> str | None:
     """Attention: kernels for short sequences and for few queries, where libraries are weak."""
-    why_not = _triton_tuples(facts)
+    why_not = _triton_since_3_4(facts)
     if why_not is not None or _forced == "triton":
         return why_not
     capability = _device_capability(facts.device) if facts.device.type == "cuda" else (9, 0)
@@ -204,12 +204,12 @@ def _triton_linear(facts: Facts) -> str | None:
 
 def _triton_linear_act(facts: Facts) -> str | None:
     """As `_triton_linear`, for tiles in pieces."""
-    return _triton_tuples(facts) or _triton_linear(facts)
+    return _triton_since_3_4(facts) or _triton_linear(facts)
 
 
 def _triton_contrastive(facts: Facts) -> str | None:
     """The contrastive losses: float32 products would be truncated to tf32, which biases the loss more than bfloat16."""
-    why_not = _triton_tuples(facts)
+    why_not = _triton_since_3_4(facts)
     if why_not is None and _forced != "triton" and facts.dtype == torch.float32:
         return "float32 features: chunks of cuBLAS products"
     return why_not
@@ -228,12 +228,12 @@ TABLE: dict[str, tuple[tuple[str, Rule], ...]] = {
     "attention_varlen": (("triton", _triton_attention),),
     "clip_loss": (("triton", _triton_contrastive),),
     "siglip_loss": (("triton", _triton_contrastive),),
-    "noise_like": (("triton", _triton_floats),),
-    "q_sample": (("triton", _triton_floats),),
-    "q_step": (("triton", _triton_floats),),
-    "noise_mse": (("triton", _triton_floats),),
-    "ddpm_step": (("triton", _triton_floats),),
-    "ddim_step": (("triton", _triton_floats),),
+    "noise_like": (("triton", _triton_since_3_4),),
+    "q_sample": (("triton", _triton_since_3_4),),
+    "q_step": (("triton", _triton_since_3_4),),
+    "noise_mse": (("triton", _triton_since_3_4),),
+    "ddpm_step": (("triton", _triton_since_3_4),),
+    "ddim_step": (("triton", _triton_since_3_4),),
 }
 """Op -> its backends but `torch`, in order of preference, each with the rule that says why not."""
 

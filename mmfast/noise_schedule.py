@@ -314,18 +314,27 @@ class NoiseSchedule(nn.Module):
         self.zero_terminal_snr = bool(table[-1, 0] == 0)
 
     def _signal_and_sigma(self) -> Tensor:
-        """float32 (T, 2): sqrt(alpha_bar) and sqrt(1 - alpha_bar), kept until the table is another or has changed."""
+        """float32 (T, 2): sqrt(alpha_bar) and sqrt(1 - alpha_bar)."""
+        return self._kept("signal and sigma", lambda now, before: (now, 1.0 - now))
+
+    def _step_signal_and_sigma(self) -> Tensor:
+        """float32 (T, 2): sqrt(1 - beta) and sqrt(beta)."""
+        return self._kept("of a step", lambda now, before: (now / before, (before - now) / before))
+
+    def _kept(self, name: str, squares: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """Roots (T, 2) of two functions of alpha-bar and the one before, kept until the table is another or changed."""
         table = self.alpha_table
-        kept = None if table.is_inference() else self.__dict__.get("_kept_roots")
+        kept = None if table.is_inference() else self.__dict__.get("_roots", {}).get(name)
         if kept is None or kept[0] is not table or kept[1] != table._version:
             with torch.inference_mode(False), torch.no_grad():
-                high, low = table[1:].double().unbind(1)
-                roots = torch.stack((high + low, 1.0 - high - low), 1).clamp(0).sqrt().float()
+                now = table[1:].double().sum(1)
+                before = torch.cat((torch.ones_like(now[:1]), now[:-1]))
+                roots = torch.stack(squares(now, before), 1).clamp(0).sqrt().float()
             if table.is_inference():  # has no version
                 return roots
-            kept = self.__dict__["_kept_roots"] = (table, table._version, roots)
-        roots = kept[2]
-        return roots
+            kept = self.__dict__.setdefault("_roots", {})[name] = (table, table._version, roots)
+        found: Tensor = kept[2]
+        return found
 
     def _rows(self) -> list[tuple[float, float]]:
         """Alpha-bar before timestep 0 and of each, as a float32 and what it leaves."""

@@ -53,6 +53,16 @@ def test_the_choice_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(op, Facts(CUDA, torch.float16, 768)) == ("torch", "triton: not tested on ROCm")
 
 
+@pytest.mark.usefixtures("no_gpu_needed")
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_older_triton(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.3 fails on the kernels of all ops but these three."""
+    monkeypatch.setattr(backends, "TRITON_VERSION", (3, 3))
+    serves = op in ("layer_norm", "add_layer_norm", "patch_embed")
+    expected = ("triton", "first choice") if serves else ("torch", "triton: needs Triton 3.4")
+    assert reason(op, Facts(CUDA, torch.bfloat16, 256)) == expected
+
+
 def test_samples_that_kernels_cannot_count() -> None:
     """Offsets within a sample are 32-bit numbers; the largest batch is not limited."""
     for size, serves in (((1, 1 << 30), False), ((1, (1 << 30) - 1), True), ((1 << 10, 1 << 22), True)):

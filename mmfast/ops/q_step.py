@@ -79,7 +79,7 @@ def q_step(
         if drawn:
             noise = torch.randn_like(x, dtype=stats_dtype(x), memory_format=memory_format(x))
         if not traced() and noise is not None:
-            return q_step_torch(x, t, table, noise, None, 0, roots=_kept_roots(schedule, t, x), scratch=drawn)
+            return q_step_torch(x, t, table, noise, None, 0, roots=_roots_at(schedule, t, x), scratch=drawn)
         by_torch = True
     else:
         if drawn:
@@ -127,21 +127,12 @@ def step_roots(table: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return per_sample(((high + low) / before).sqrt(), x), per_sample(beta.sqrt(), x)
 
 
-def _kept_roots(schedule: NoiseSchedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """`step_roots` at timesteps in range on a CPU, of a table of all that is kept with the schedule.
-
-    On small samples the dozen ops of `step_roots` would take longer than the rest. None where nothing can be kept.
-    """
-    table = schedule.alpha_table
-    if x.dtype == torch.float64 or table.is_inference():
+def _roots_at(schedule: NoiseSchedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`step_roots` at timesteps in range, from a table: on small samples its dozen ops would take the longest."""
+    if x.dtype == torch.float64:
         return None
-    kept = schedule.__dict__.get("_step_roots")
-    if kept is None or kept[0] is not table or kept[1] != table._version:  # moved, loaded, or written to
-        with torch.inference_mode(False), torch.no_grad():
-            every = torch.arange(len(table) - 1, device="cpu")
-            roots = torch.stack(step_roots(table, every, every.double())).float()
-        kept = schedule.__dict__["_step_roots"] = (table, table._version, roots)
-    signal, sigma = kept[2].index_select(1, t.long()).view(2, -1, *(1,) * (x.dim() - 1)).unbind()
+    pairs = schedule._step_signal_and_sigma().index_select(0, t.long())
+    signal, sigma = pairs.view(-1, 2, *(1,) * (x.dim() - 1)).unbind(1)
     return signal, sigma
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import struct
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -142,3 +144,25 @@ def test_processes_of_torchrun_join_one_group(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match="stopped"):
         demo.run(argparse.Namespace(device="cpu"))
     assert calls == ["gloo", demo.Process(1, 2, torch.device("cpu")), "left"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Under torchrun each process has half of every batch, and the losses are those of one process."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmfast.cli"]
+    line += ["demo", "clip", "--epochs", "1", "--device", "cpu", "--output", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    printed = " ".join(done.stdout.split())
+    assert printed.count("mmfast demo clip: digits") == 1  # rank 0 alone prints
+    assert "on cpu, 2 processes" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip-digits-loss.png", "clip-digits-retrieval.png"]
+
+    torch.manual_seed(0)
+    recipe, tokenizer = demo.RECIPES["digits"], words()
+    model = models.CLIP(**demo.model_config(recipe, tokenizer))
+    images = load("digits", None)
+    losses, _, accuracies = demo.train(model, images, DIGITS, tokenizer, recipe, 1, ALONE, Console(quiet=True))
+    loss, accuracy = re.findall(r"epoch 1/1 loss ([\d.]+) zero-shot accuracy ([\d.]+)%", printed)[-1]
+    assert float(loss) == pytest.approx(losses[-1], abs=2e-3)
+    assert float(accuracy) == pytest.approx(100 * accuracies[-1], abs=1.0)

@@ -260,14 +260,16 @@ def test_no_sync(op: str, device: torch.device, schedule: NoiseSchedule) -> None
     x, m = draw((2, 3, 4, 4), 2, device)
     t = torch.tensor([500, 40], device=device)
     leaf = m.clone().requires_grad_()
+    found = []
     torch.cuda.set_sync_debug_mode("error")
     try:
         for seed in (None, 3, torch.arange(2, device=device)):
             for steps in ((t, t - 1), (500, 480), (0, -1)):
-                call(op)(m, *steps, x, schedule, seed=seed, clip_sample=True, return_x0=True, **NOISY[op])
+                found += call(op)(m, *steps, x, schedule, seed=seed, clip_sample=True, return_x0=True, **NOISY[op])
                 call(op)(leaf, *steps, x, schedule, seed=seed, clip_sample=True, **NOISY[op]).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(value.isfinite().all() for value in [*found, leaf.grad])
 
 
 @pytest.mark.gpu
