@@ -2,7 +2,8 @@
 
 `eager` is `F.scaled_dot_product_attention` as it chooses by itself; `flash` (FlashAttention 2), `cudnn` and `efficient`
 force one of its back ends; `fa3` and `fa4` put an installed FlashAttention 3 or 4 in the place of 2. `mmfast` is the
-kernel even where mmfast would hand the call to PyTorch: its row says what the rule says.
+Triton kernel and `mmfast cuda` the CUDA C++ kernel even where mmfast would hand the call to the other or to PyTorch:
+the row says what the rule says.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfast import backends
+from mmfast import backends, cuda
 from mmfast.benchmarks import _harness
 from mmfast.benchmarks._harness import DTYPES, Options, Spec, Unavailable
 from mmfast.benchmarks._limits import exponential_seconds
@@ -29,6 +30,7 @@ FORCED = {
     "fa4": SDPBackend.FLASH_ATTENTION,
 }
 COMPILED = ("compile", "mmfast+compile")
+CUDA = "mmfast cuda"
 
 VIT = ((256, 12, 197, 64), (256, 16, 257, 64), (64, 16, 577, 64), (1024, 12, 50, 64))
 """(B, H, N, d) of ViT-B/16 and L/14 at batch 256, L/14 at 336 pixels, and B/32: where the figures to reach lie."""
@@ -44,9 +46,13 @@ def chosen(spec: Spec, options: Options) -> Iterator[None]:
         if spec.provider in FORCED:
             stack.enter_context(sdpa_kernel(FORCED[spec.provider]))
         if spec.provider.startswith("mmfast") and _kernels_run(options):
-            stack.enter_context(backends.backend("triton"))
+            stack.enter_context(backends.backend(_kernel(spec)))
         try:
             yield
+        except backends.BackendError as refused:
+            if spec.provider != CUDA:
+                raise
+            raise Unavailable(str(refused)) from refused
         except Exception as failed:
             if own or isinstance(failed, Unavailable):
                 raise
@@ -69,6 +75,11 @@ def _flash_version(name: str) -> Iterator[None]:
         nn.attention.restore_flash_attention_impl()
 
 
+def _kernel(spec: Spec) -> str:
+    """The backend that an mmfast provider is a row of."""
+    return "cuda" if spec.provider == CUDA else "triton"
+
+
 def _kernels_run(options: Options) -> bool:
     return options.device == "cuda" or backends.interpreting()
 
@@ -76,9 +87,10 @@ def _kernels_run(options: Options) -> bool:
 def served_by(spec: Spec, run: Callable[[], Any], options: Options, otherwise: str) -> str:
     """Name what runs in `run()`, a forward pass, under `chosen`; `otherwise` where no back end of SDPA does."""
     if spec.provider.startswith("mmfast") and _kernels_run(options):
+        kernel = _kernel(spec)
         with backends.backend(None):
-            rule = {choice.backend for choice in backends.explain(run)} - {"triton"}
-        return f"triton; the rule: {', '.join(sorted(rule))}" if rule else "triton"
+            rule = {choice.backend for choice in backends.explain(run)} - {kernel}
+        return f"{kernel}; the rule: {', '.join(sorted(rule))}" if rule else kernel
     with _Names() as names:
         run()
     if options.device == "cuda" and "flash" in names.found:
@@ -142,7 +154,8 @@ def run(
 
 
 def names(options: Options, *, compiled: bool, others: tuple[str, ...] = (), forced: bool = True) -> list[str]:
-    """Providers of a group of rows: SDPA's back ends where there is a GPU, torch.compile where asked for."""
+    """Providers of a group of rows: SDPA's back ends and our CUDA C++ kernel where they can run, compiled if asked."""
     found = ["eager", *(FORCED if forced and options.device == "cuda" else ()), *others]
     found += ["compile"] if compiled else []
-    return [*found, "mmfast", *(["mmfast+compile"] if compiled else [])]
+    cuda_runs = forced and options.device == "cuda" and bool(cuda.architectures())
+    return [*found, "mmfast", *([CUDA] if cuda_runs else []), *(["mmfast+compile"] if compiled else [])]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.benchmarks import _harness
+from mmfast.benchmarks import _harness, _kernels
 from mmfast.benchmarks._harness import DTYPES, MODES, Options, Shapes, Spec
 from mmfast.ops.add_layer_norm import cost
 
@@ -39,18 +39,21 @@ PROVIDERS: dict[str, Callable[[], Callable[..., Result]]] = {
     "eager": lambda: eager,
     "compile": lambda: _harness.compiled(eager),
     "mmfast": lambda: mmfast,
+    **_kernels.rows(mmfast),
     "mmfast+compile": lambda: _harness.compiled(mmfast),
 }
 
 
 def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
+    providers = _kernels.names(PROVIDERS, options)
     shapes = GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
     for op in ("add_layer_norm", "add_layer_norm+gamma"):
         chosen = shapes[:1] if options.quick or "gamma" in op else shapes
-        yield from _harness.specs(op, options, chosen, MODES, list(PROVIDERS))
-    yield from _harness.specs("add_layer_norm", options, (((2, 4, 64), "fp32"),), ("host",), list(PROVIDERS))
+        yield from _harness.specs(op, options, chosen, MODES, providers)
+    yield from _harness.specs("add_layer_norm", options, (((2, 4, 64), "fp32"),), ("host",), providers)
 
 
+@_kernels.forced
 def test_add_layer_norm(spec: Spec, pass_number: int, options: Options, measure: Callable[..., None]) -> None:
     fn = PROVIDERS[spec.provider]()
     x, residual = (_harness.randn(spec.shape, spec, options.device) for _ in range(2))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.benchmarks import _harness
+from mmfast.benchmarks import _harness, _kernels
 from mmfast.benchmarks._harness import DTYPES, Options, Shapes, Spec, Unavailable
 from mmfast.noise_schedule import NoiseSchedule
 from mmfast.ops.ddim_step import cost
@@ -82,18 +82,21 @@ PROVIDERS: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "eager": lambda: diffusers,
     "compile": lambda: _harness.compiled(formula()),
     "mmfast": lambda: mmfast,
+    **_kernels.rows(mmfast),
     "mmfast+compile": lambda: _harness.compiled(mmfast),
 }
 
 
 def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
+    providers = _kernels.names(PROVIDERS, options)
     shapes = GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
     if options.quick:
         shapes = shapes[:1]
-    yield from _harness.specs("ddim_step", options, shapes, ("forward",), tuple(PROVIDERS))
-    yield from _harness.specs("ddim_step", options, (((1, 4, 8, 8), "fp32"),), ("host",), tuple(PROVIDERS))
+    yield from _harness.specs("ddim_step", options, shapes, ("forward",), providers)
+    yield from _harness.specs("ddim_step", options, (((1, 4, 8, 8), "fp32"),), ("host",), providers)
 
 
+@_kernels.forced
 def test_ddim_step(spec: Spec, pass_number: int, options: Options, measure: Callable[..., None]) -> None:
     fn = PROVIDERS[spec.provider]()
     if spec.provider == "eager":

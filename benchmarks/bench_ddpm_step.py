@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.benchmarks import _harness
+from mmfast.benchmarks import _harness, _kernels
 from mmfast.benchmarks._harness import DTYPES, Options, Shapes, Spec, Unavailable
 from mmfast.noise_schedule import NoiseSchedule
 from mmfast.ops.ddpm_step import cost
@@ -69,17 +69,20 @@ PROVIDERS: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "eager": lambda: diffusers,
     "compile": lambda: _harness.compiled(formula()),
     "mmfast": lambda: mmfast,
+    **_kernels.rows(mmfast),
     "mmfast+compile": lambda: _harness.compiled(mmfast),
 }
 
 
 def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
+    providers = _kernels.names(PROVIDERS, options)
     shapes = GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
     if options.quick:
         shapes = shapes[:1]
-    yield from _harness.specs("ddpm_step", options, shapes, ("forward",), tuple(PROVIDERS))
+    yield from _harness.specs("ddpm_step", options, shapes, ("forward",), providers)
 
 
+@_kernels.forced
 def test_ddpm_step(spec: Spec, pass_number: int, options: Options, measure: Callable[..., None]) -> None:
     fn = PROVIDERS[spec.provider]()
     if spec.provider == "eager":

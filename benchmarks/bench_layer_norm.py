@@ -11,18 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.benchmarks import _harness
+from mmfast.benchmarks import _harness, _kernels
 from mmfast.benchmarks._harness import DTYPES, MODES, Options, Shapes, Spec, Unavailable
 from mmfast.nn import LayerNorm
 from mmfast.ops.layer_norm import cost
 
 EPS = 1e-5
 
-# ViT-B/16 and L/14 at batch 256 and B/16 at 1 and 8; one narrow and one wide row; fp32 as in a model without autocast.
+# ViT-B/16 and L/14 at batch 256, L/14 at 8 and B/16 at 1 and 8; one narrow and one wide row; fp32 as without autocast.
 GPU_SHAPES: Shapes = (
     ((50432, 768), "bf16"),
     ((65792, 1024), "bf16"),
     ((32896, 1408), "bf16"),
+    ((2056, 1024), "bf16"),
     ((1576, 768), "bf16"),
     ((197, 768), "bf16"),
     ((131072, 192), "bf16"),
@@ -62,6 +63,7 @@ PROVIDERS: dict[str, Callable[[Spec], Callable[..., Tensor]]] = {
     "eager": lambda spec: eager,
     "compile": lambda spec: _harness.compiled(eager),
     "mmfast": lambda spec: mmfast,
+    **{name: lambda spec: mmfast for name in _kernels.rows(mmfast)},
     "mmfast+compile": lambda spec: _harness.compiled(mmfast),
     "liger": lambda spec: liger(),
     "quack": quack,
@@ -74,11 +76,12 @@ def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
     if options.quick:
         shapes = shapes[:1]
     # The GPU-only peers have nothing to say on a CPU.
-    names = [name for name in PROVIDERS if on_gpu or name not in ("liger", "quack")]
+    names = [name for name in _kernels.names(PROVIDERS, options) if on_gpu or name not in ("liger", "quack")]
     yield from _harness.specs("layer_norm", options, shapes, MODES, names)
     yield from _harness.specs("layer_norm", options, (((8, 64), "fp32"),), ("host",), names)
 
 
+@_kernels.forced
 def test_layer_norm(spec: Spec, pass_number: int, options: Options, measure: Callable[..., None]) -> None:
     fn = PROVIDERS[spec.provider](spec)
     x = _harness.randn(spec.shape, spec, options.device)

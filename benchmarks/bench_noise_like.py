@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.benchmarks import _harness
+from mmfast.benchmarks import _harness, _kernels
 from mmfast.benchmarks._harness import DTYPES, Options, Shapes, Spec
 from mmfast.ops.noise_like import cost
 
@@ -34,18 +34,21 @@ PROVIDERS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "eager": lambda: eager,
     "compile": lambda: _harness.compiled(eager),
     "mmfast": lambda: mmfast,
+    **_kernels.rows(mmfast),
     "mmfast+compile": lambda: _harness.compiled(mmfast),
 }
 
 
 def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
+    providers = _kernels.names(PROVIDERS, options)
     shapes = GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
     if options.quick:
         shapes = shapes[:1]
-    yield from _harness.specs("noise_like", options, shapes, ("forward",), list(PROVIDERS))
-    yield from _harness.specs("noise_like", options, (((2, 4, 8, 8), "fp32"),), ("host",), list(PROVIDERS))
+    yield from _harness.specs("noise_like", options, shapes, ("forward",), providers)
+    yield from _harness.specs("noise_like", options, (((2, 4, 8, 8), "fp32"),), ("host",), providers)
 
 
+@_kernels.forced
 def test_noise_like(spec: Spec, pass_number: int, options: Options, measure: Callable[..., None]) -> None:
     x = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=options.device)
     seeds = torch.arange(len(x), device=options.device)

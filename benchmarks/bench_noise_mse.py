@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.benchmarks import _harness
+from mmfast.benchmarks import _harness, _kernels
 from mmfast.benchmarks._harness import DTYPES, MODES, Options, Shapes, Spec
 from mmfast.ops.noise_mse import cost
 
@@ -51,19 +51,22 @@ PROVIDERS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "compile": lambda: _harness.compiled(eager),
     "steps": lambda: steps,
     "mmfast": lambda: mmfast,
+    **_kernels.rows(mmfast),
     "mmfast+compile": lambda: _harness.compiled(mmfast),
 }
 
 
 def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
+    providers = _kernels.names(PROVIDERS, options)
     shapes = GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
     if options.quick:
         shapes = shapes[:1]
     # Both passes together first: it is what a training step runs, and their sum is where nothing is stored.
-    yield from _harness.specs("noise_mse", options, shapes, MODES[::-1], list(PROVIDERS))
-    yield from _harness.specs("noise_mse", options, (((2, 4, 8, 8), "fp32"),), ("host",), list(PROVIDERS))
+    yield from _harness.specs("noise_mse", options, shapes, MODES[::-1], providers)
+    yield from _harness.specs("noise_mse", options, (((2, 4, 8, 8), "fp32"),), ("host",), providers)
 
 
+@_kernels.forced
 def test_noise_mse(spec: Spec, pass_number: int, options: Options, measure: Callable[..., None]) -> None:
     fn = PROVIDERS[spec.provider]()
     prediction = _harness.randn(spec.shape, spec, options.device)

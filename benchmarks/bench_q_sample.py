@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfast import NoiseSchedule, ops
-from mmfast.benchmarks import _harness
+from mmfast.benchmarks import _harness, _kernels
 from mmfast.benchmarks._harness import DTYPES, Options, Shapes, Spec
 from mmfast.ops.q_sample import cost
 
@@ -48,18 +48,21 @@ PROVIDERS: dict[str, Callable[[], Callable[..., Any]]] = {
     "eager": lambda: eager,
     "compile": lambda: _harness.compiled(eager),
     "mmfast": lambda: mmfast,
+    **_kernels.rows(mmfast),
     "mmfast+compile": lambda: _harness.compiled(mmfast),
 }
 
 
 def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
+    providers = _kernels.names(PROVIDERS, options)
     shapes = GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
     if options.quick:
         shapes = shapes[:1]
-    yield from _harness.specs("q_sample", options, shapes, MODES, list(PROVIDERS))
-    yield from _harness.specs("q_sample", options, (((2, 4, 8, 8), "fp32"),), ("host",), list(PROVIDERS))
+    yield from _harness.specs("q_sample", options, shapes, MODES, providers)
+    yield from _harness.specs("q_sample", options, (((2, 4, 8, 8), "fp32"),), ("host",), providers)
 
 
+@_kernels.forced
 def test_q_sample(spec: Spec, pass_number: int, options: Options, measure: Callable[..., None]) -> None:
     SCHEDULE.to(options.device)
     fn = PROVIDERS[spec.provider]()

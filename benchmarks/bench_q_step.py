@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfast import NoiseSchedule, ops
-from mmfast.benchmarks import _harness
+from mmfast.benchmarks import _harness, _kernels
 from mmfast.benchmarks._harness import DTYPES, Options, Shapes, Spec
 from mmfast.ops.q_step import cost
 
@@ -44,18 +44,21 @@ PROVIDERS: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "eager": lambda: eager,
     "compile": lambda: _harness.compiled(eager),
     "mmfast": lambda: mmfast,
+    **_kernels.rows(mmfast),
     "mmfast+compile": lambda: _harness.compiled(mmfast),
 }
 
 
 def measurements(options: Options) -> Iterator[tuple[Spec, int]]:
+    providers = _kernels.names(PROVIDERS, options)
     shapes = GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
     if options.quick:
         shapes = shapes[:1]
-    yield from _harness.specs("q_step", options, shapes, ("forward", "backward"), list(PROVIDERS))
-    yield from _harness.specs("q_step", options, (((2, 4, 8, 8), "fp32"),), ("host",), list(PROVIDERS))
+    yield from _harness.specs("q_step", options, shapes, ("forward", "backward"), providers)
+    yield from _harness.specs("q_step", options, (((2, 4, 8, 8), "fp32"),), ("host",), providers)
 
 
+@_kernels.forced
 def test_q_step(spec: Spec, pass_number: int, options: Options, measure: Callable[..., None]) -> None:
     fn = PROVIDERS[spec.provider]()
     SCHEDULE.to(options.device)

@@ -15,12 +15,15 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+
+from . import cuda
 
 __all__ = ["BackendError", "Choice", "Explanation", "Facts", "backend", "choose", "explain"]
 
@@ -41,6 +44,7 @@ class Facts(NamedTuple):
     seqlen_q: int = 0  # of attention
     seqlen_k: int = 0
     refusal: str | None = None  # why no kernel of the op can serve this call, whatever the device
+    no_cuda: str | None = None  # why its CUDA C++ kernel cannot, where the Triton kernel may
     detail: str | None = None  # what a kernel's launcher makes of this call, for `explain`
 
 
@@ -105,16 +109,107 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _triton_floats(facts: Facts) -> str | None:
-    """Triton kernels of float32, float16 and bfloat16 tensors."""
-    if TRITON_MISSING:
-        return TRITON_MISSING
+def _no_kernel(facts: Facts) -> str | None:
+    """Why neither Triton nor CUDA C++ has a kernel for a call."""
     if facts.refusal is not None:
         return facts.refusal
     if facts.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{_name(facts.dtype)} has no kernel"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "inside a torch.func transform or forward-mode AD"
+    return None
+
+
+def _cuda_floats(facts: Facts) -> str | None:
+    """CUDA C++ kernels of float32, float16 and bfloat16 tensors."""
+    device = facts.device
+    if device.type == "cpu" and _forced != "cuda":  # an emulated build serves only who asks for it
+        return "CPU tensor: CUDA needs a GPU"
+    if device not in _extension_refusal:
+        _extension_refusal[device] = _refusal_of_extension(device)
+    return _extension_refusal[device] or _no_kernel(facts) or facts.no_cuda
+
+
+_extension_refusal: dict[torch.device, str | None] = {}
+
+
+def _refusal_of_extension(device: torch.device) -> str | None:
+    """Why the extension with the CUDA C++ kernels cannot serve a device, or None; warns where a GPU goes without."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernel for device {device.type}"
+    missing = cuda.missing()
+    if device.type == "cpu":
+        return missing or (None if cuda.emulated() else "CPU tensor: CUDA needs a GPU")
+    if missing is None and cuda.emulated():
+        missing = "the extension is an emulated build, for CPU tensors"
+    if missing is None:
+        capability = _device_capability(device)
+        if cuda.runs_on(capability):
+            return None
+        built = ", ".join(f"sm_{arch}" for arch in cuda.architectures())
+        missing = f"the CUDA C++ kernels were built for {built}, not for compute capability {_dotted(capability)}"
+    _warn(f"mmfast: {missing}; other kernels serve. `mmfast info` tells more.")
+    return missing
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+# As `ieee_products` below: torch.compile takes the answer as a constant.
+_refusal_of_extension._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _cuda_one_row(facts: Facts) -> str | None:
+    """As `_cuda_floats`, for kernels that hold a whole row in registers."""
+    if facts.width > 8192:
+        return f"width {facts.width} is above 8192, the widest row that is held in registers"
+    return _cuda_floats(facts)
+
+
+def _cuda_attention(facts: Facts) -> str | None:
+    """Attention of 16-bit heads whose keys and values fit in a block's shared memory, bound by memory or by the launch.
+
+    The model, unmeasured: 4 d (n_q + n_k) bytes a head at 4.8 TB/s, against 4 n_q n_k d FLOPs and 8 % of padding at
+    610 TFLOP/s, which mma.sync reaches of Hopper's 989 (Triton's wgmma gets more, on as much padding). Both take as
+    long where n_q n_k / (n_q + n_k) is 117; up to there, and a little further for the host time that a launch by Triton
+    costs more, this kernel is first.
+    """
+    why_not = _cuda_floats(facts)
+    if why_not is not None:
+        return why_not
+    if facts.dtype == torch.float32:
+        return "float32 heads: the kernel is for 16 bits"
+    if facts.width % 8 or not 32 <= facts.width <= 128:
+        return f"head_dim {facts.width}: the kernel takes multiples of 8 from 32 to 128"
+    capability = _device_capability(facts.device) if facts.device.type == "cuda" else (9, 0)
+    keys = -(-facts.seqlen_k // 8) * 8
+    # Keys and values, and 16 queries of each of four warps.
+    if facts.width * (4 * keys + 128) > _SHARED_MEMORY.get(capability, 99 << 10):
+        return f"{facts.seqlen_k} keys of {facts.width} columns do not fit in shared memory"
+    if _forced == "cuda":
+        return None
+    balanced = BALANCED_LENGTH if capability < (10, 0) else BALANCED_LENGTH // 2  # as many FLOPs to 8 TB/s
+    if facts.seqlen_q * facts.seqlen_k > balanced * (facts.seqlen_q + facts.seqlen_k):
+        return f"{facts.seqlen_q} x {facts.seqlen_k} scores a head are bound by tensor cores, where mma.sync is slower"
+    return None
+
+
+BALANCED_LENGTH = 136
+"""n_q n_k / (n_q + n_k) of an attention up to which mma.sync keeps up with memory: 272 x 272, or 4096 x 140."""
+_SHARED_MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
+"""What a block may have, by compute capability; 99 KiB elsewhere."""
+
+
+def _triton_floats(facts: Facts) -> str | None:
+    """Triton kernels of float32, float16 and bfloat16 tensors."""
+    why_not = TRITON_MISSING or _no_kernel(facts)
+    if why_not is not None:
+        return why_not
     if facts.device.type == "cpu":
         # The interpreter is thousands of times slower than PyTorch: it serves only who asks for it.
         if not interpreting():
@@ -218,22 +313,22 @@ def _triton_contrastive(facts: Facts) -> str | None:
 Rule = Callable[[Facts], str | None]
 
 TABLE: dict[str, tuple[tuple[str, Rule], ...]] = {
-    "layer_norm": (("triton", _triton_floats),),
-    "add_layer_norm": (("triton", _triton_one_row),),
+    "layer_norm": (("cuda", _cuda_one_row), ("triton", _triton_floats)),
+    "add_layer_norm": (("cuda", _cuda_one_row), ("triton", _triton_one_row)),
     "linear_act": (("triton", _triton_linear_act),),
     "patch_embed": (("triton", _triton_linear),),
-    "attention": (("triton", _triton_attention),),
-    "attention_qkv": (("triton", _triton_attention),),
+    "attention": (("cuda", _cuda_attention), ("triton", _triton_attention)),
+    "attention_qkv": (("cuda", _cuda_attention), ("triton", _triton_attention)),
     "attention_maps": (("triton", _triton_attention),),
     "attention_varlen": (("triton", _triton_attention),),
     "clip_loss": (("triton", _triton_contrastive),),
     "siglip_loss": (("triton", _triton_contrastive),),
-    "noise_like": (("triton", _triton_since_3_4),),
-    "q_sample": (("triton", _triton_since_3_4),),
-    "q_step": (("triton", _triton_since_3_4),),
-    "noise_mse": (("triton", _triton_since_3_4),),
-    "ddpm_step": (("triton", _triton_since_3_4),),
-    "ddim_step": (("triton", _triton_since_3_4),),
+    "noise_like": (("cuda", _cuda_floats), ("triton", _triton_since_3_4)),
+    "q_sample": (("cuda", _cuda_floats), ("triton", _triton_since_3_4)),
+    "q_step": (("cuda", _cuda_floats), ("triton", _triton_since_3_4)),
+    "noise_mse": (("cuda", _cuda_floats), ("triton", _triton_since_3_4)),
+    "ddpm_step": (("cuda", _cuda_floats), ("triton", _triton_since_3_4)),
+    "ddim_step": (("cuda", _cuda_floats), ("triton", _triton_since_3_4)),
 }
 """Op -> its backends but `torch`, in order of preference, each with the rule that says why not."""
 

@@ -15,11 +15,13 @@ from mmfast.reference._case import Case
 
 ATOL = _grading.ATOL
 BACKENDS = ("torch", pytest.param("triton", marks=pytest.mark.triton))
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+ALL_BACKENDS = (*BACKENDS, CUDA)
 DTYPES = (
     pytest.param(torch.float32, id="fp32"),
     pytest.param(torch.float16, id="fp16"),
-    # Triton's interpreter computes bfloat16 wrongly: bfloat16 kernels run on a GPU only.
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
+    # Triton's interpreter computes bfloat16 wrongly: its kernels run on a GPU only, the emulated ones anywhere.
+    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.bf16),
 )
 
 

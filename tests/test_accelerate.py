@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 import mmfast
 from mmfast.integrations import Accelerated
+from tests.fresh import run
 
 
 class Net(nn.Module):
@@ -49,8 +48,7 @@ def test_function_and_module_share_a_name(code: str) -> None:
         "assert not {'timm', 'torchvision', 'transformers'} & set(sys.modules)\n"  # never imported for the user
         "print('done')"
     )
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
-    assert done.stdout.strip() == "done", done.stderr
+    assert run(check).strip() == "done"
 
 
 @pytest.mark.parametrize("call", ["accelerate", "report", "restore"])

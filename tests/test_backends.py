@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,13 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._capability, CUDA, (9, 0))
     monkeypatch.setattr(backends, "TRITON_MISSING", None)
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setitem(backends._extension_refusal, CUDA, "no extension")
+
+
+def reasons(op: str, *rest: str) -> str:
+    """What is said of a choice where there is no extension."""
+    first = ["cuda: no extension"] if "cuda" in dict(backends.TABLE[op]) else []
+    return "; ".join([*first, *rest]) or "first choice"
 
 
 def reason(op: str, facts: Facts) -> tuple[str, str]:
@@ -32,25 +40,108 @@ def reason(op: str, facts: Facts) -> tuple[str, str]:
 def test_the_choice_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "TRITON_VERSION", (3, 6))
     for dtype in (torch.float16, torch.bfloat16):
-        assert reason(op, Facts(CUDA, dtype, 256)) == ("triton", "first choice")
+        assert reason(op, Facts(CUDA, dtype, 256)) == ("triton", reasons(op))
     # Products of float32 in full precision are the vendor's libraries'; of contrastive losses any in float32.
     contrastive = op in ("clip_loss", "siglip_loss")
     diffusion = op in ("noise_like", "q_sample", "q_step", "noise_mse", "ddpm_step", "ddim_step")
     elementwise = diffusion or op in ("layer_norm", "add_layer_norm")
     products = "float32 features: chunks of cuBLAS products" if contrastive else "float32 products at full precision"
     assert reason(op, Facts(CUDA, torch.float32, 64)) == (
-        ("triton", "first choice") if elementwise else ("torch", f"triton: {products}")
+        ("triton", reasons(op)) if elementwise else ("torch", reasons(op, f"triton: {products}"))
     )
     monkeypatch.setattr(backends, "ieee_products", lambda: False)
     assert reason(op, Facts(CUDA, torch.float32, 64))[0] == ("torch" if contrastive else "triton")
-    assert reason(op, Facts(CUDA, torch.float64, 768)) == ("torch", "triton: float64 has no kernel")
+    assert reason(op, Facts(CUDA, torch.float64, 768)) == ("torch", reasons(op, "triton: float64 has no kernel"))
     monkeypatch.setitem(backends._capability, CUDA, (8, 0))
     name, why = reason(op, Facts(CUDA, torch.float16, 64))
     assert (name == "torch" and "FlashAttention-2" in why) if op.startswith("attention") else name == "triton"
     monkeypatch.setitem(backends._capability, CUDA, (7, 5))
-    assert reason(op, Facts(CUDA, torch.float16, 768)) == ("torch", "triton: needs compute capability 8.0")
+    assert reason(op, Facts(CUDA, torch.float16, 768)) == (
+        "torch",
+        reasons(op, "triton: needs compute capability 8.0"),
+    )
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert reason(op, Facts(CUDA, torch.float16, 768)) == ("torch", "triton: not tested on ROCm")
+    assert reason(op, Facts(CUDA, torch.float16, 768)) == (
+        "torch",
+        reasons(op, "triton: not tested on ROCm"),
+    )
+
+
+WITH_CUDA = [op for op, rules in backends.TABLE.items() if "cuda" in dict(rules)]
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
+@pytest.mark.parametrize("op", WITH_CUDA)
+def test_cuda_comes_first_where_there_is_an_extension(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._extension_refusal, CUDA, None)
+    facts = Facts(CUDA, torch.bfloat16, 64, 197, 197)
+    assert reason(op, facts) == ("cuda", "first choice")
+    assert reason(op, facts._replace(dtype=torch.float64))[0] == "torch"
+    assert reason(op, facts._replace(no_cuda="odd"))[1].startswith("cuda: odd")
+    with mmfast.backend("triton"):
+        assert reason(op, facts) == ("triton", "triton is forced")
+    # Without Triton it serves all the same.
+    monkeypatch.setattr(backends, "TRITON_MISSING", "triton is not installed")
+    assert reason(op, facts)[0] == "cuda"
+
+
+class Extension:
+    """What `mmfast.cuda` looks at of an extension."""
+
+    def __init__(self, architectures: str, *, emulated: bool = False) -> None:
+        self.architectures = architectures
+        self.emulated = emulated
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("80;90a;100a", (8, 0), True),
+        ("80;90a;100a", (8, 6), True),
+        ("80;90a;100a", (9, 0), True),
+        ("80;90a;100a", (10, 0), True),
+        ("80;90a;100a", (10, 3), False),
+        ("80;90a;100a", (12, 0), False),
+        ("90a", (8, 0), False),
+        ("86", (8, 0), False),
+        ("100f", (10, 3), True),
+    ],
+)
+def test_what_a_build_runs_on(
+    built: str, capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmfast.cuda, "_found", Extension(built))
+    assert mmfast.cuda.runs_on(capability) == runs
+
+
+def test_a_gpu_that_goes_without_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for other architectures, and none at all: a warning and the reason; nothing raises."""
+    monkeypatch.setitem(backends._capability, CUDA, (9, 0))
+    for found, missing, words in (
+        (Extension("80;100a"), None, "built for sm_80, sm_100a, not for compute capability 9.0"),
+        (Extension("", emulated=True), None, "emulated build"),
+        (None, "this install has no CUDA C++ kernels", "no CUDA C"),
+    ):
+        monkeypatch.setattr(mmfast.cuda, "_found", found)
+        monkeypatch.setattr(mmfast.cuda, "_missing", missing)
+        with pytest.warns(RuntimeWarning, match=words):
+            assert words in str(backends._refusal_of_extension(CUDA))
+    monkeypatch.setattr(mmfast.cuda, "_missing", None)
+    monkeypatch.setattr(mmfast.cuda, "_found", Extension("90a"))
+    assert backends._refusal_of_extension(CUDA) is None
+    assert backends._refusal_of_extension(CPU) == "CPU tensor: CUDA needs a GPU"
+
+
+def test_one_warning_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_extension_refusal", {})
+    monkeypatch.setattr(mmfast.cuda, "_found", None)
+    monkeypatch.setattr(mmfast.cuda, "_missing", "nothing here")
+    monkeypatch.setitem(backends._capability, CUDA, (9, 0))
+    with pytest.warns(RuntimeWarning, match="nothing here"):
+        assert backends._cuda_floats(Facts(CUDA, torch.float16, 64)) == "nothing here"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends._cuda_floats(Facts(CUDA, torch.float16, 64)) == "nothing here"
 
 
 @pytest.mark.usefixtures("no_gpu_needed")
@@ -59,7 +150,7 @@ def test_older_triton(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.3 fails on the kernels of all ops but these three."""
     monkeypatch.setattr(backends, "TRITON_VERSION", (3, 3))
     serves = op in ("layer_norm", "add_layer_norm", "patch_embed")
-    expected = ("triton", "first choice") if serves else ("torch", "triton: needs Triton 3.4")
+    expected = ("triton", reasons(op)) if serves else ("torch", reasons(op, "triton: needs Triton 3.4"))
     assert reason(op, Facts(CUDA, torch.bfloat16, 256)) == expected
 
 
@@ -76,12 +167,16 @@ def test_samples_that_kernels_cannot_count() -> None:
 def test_the_choice_for_wide_rows() -> None:
     assert reason("layer_norm", Facts(CUDA, torch.float32, 40000))[0] == "triton"
     name, why = reason("add_layer_norm", Facts(CUDA, torch.float32, 8193))
-    assert (name, why) == ("torch", "triton: width 8193 is above 8192, the widest row a program holds")
+    assert name == "torch"
+    assert why.endswith("triton: width 8193 is above 8192, the widest row a program holds")
 
 
 def test_other_devices() -> None:
     facts = Facts(torch.device("mps"), torch.float32, 8)
-    assert reason("layer_norm", facts) == ("torch", "triton: no kernel for device mps")
+    assert reason("layer_norm", facts) == (
+        "torch",
+        "cuda: no kernel for device mps; triton: no kernel for device mps",
+    )
 
 
 def test_explain_lists_every_choice_in_order() -> None:
@@ -140,7 +235,7 @@ def test_a_forced_backend_raises_rather_than_falls_back() -> None:
     with mmfast.backend("triton"), pytest.raises(mmfast.BackendError, match="triton: float64 has no kernel"):
         ops.layer_norm(x)
     with mmfast.backend("cuda"), pytest.raises(mmfast.BackendError, match="there is no such implementation"):
-        ops.layer_norm(x)
+        ops.patch_embed(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4))
 
 
 def test_unknown_backend() -> None:
@@ -154,7 +249,7 @@ def test_a_compiled_function_follows_a_changed_force() -> None:
     x = torch.randn(2, 8)
     with mmfast.backend("torch"):
         compiled(x)
-    with mmfast.backend("cuda"), pytest.raises(Exception, match="there is no such implementation"):
+    with mmfast.backend("cuda"), pytest.raises(Exception, match="is forced and cannot serve"):
         compiled(x)
 
 

@@ -15,8 +15,9 @@ from mmfast import ops
 from mmfast.ops import _philox_torch
 from mmfast.reference import _philox
 from mmfast.reference._philox import MASK, Stream
-from tests.grading import BACKENDS, DTYPES
+from tests.grading import ALL_BACKENDS, DTYPES
 
+KERNELS = ALL_BACKENDS[1:]
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
 ANSWERS = {  # Random123's kat_vectors: counter and key, then the words
     "zero": ((0,) * 6, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -69,24 +70,36 @@ def test_published_words(name: str, words: Callable[..., Tensor]) -> None:
         assert [int(word) for word in _philox.philox(*halves)] == list(answer)
 
 
-@pytest.mark.triton
-def test_published_words_of_the_kernels(device: torch.device) -> None:
-    """Of the published counters one has a second word of 0, as all of ours have."""
-    from tests.philox_kernels import write
+def write(
+    backend: str, seed: int, sample: int, stream: int, chunks: range, device: torch.device, *, normals: bool
+) -> Tensor:
+    """The words (int64) or the normals (float32) of chunks, (len(chunks), 4), by a kernel."""
+    if backend == "triton":
+        from tests import philox_kernels
 
-    found = write(0, 0, 0, range(1), device, normals=False)
+        return philox_kernels.write(seed, sample, stream, chunks, device, normals=normals)
+    from mmfast.cuda._common import current, extension
+
+    words, z = (torch.empty(len(chunks), 4, dtype=dtype, device=device) for dtype in (torch.int32, torch.float32))
+    counter = (seed % (1 << 64), sample, stream, chunks.start, len(chunks))
+    extension().philox_words(words.data_ptr(), z.data_ptr(), *counter, *current(z))
+    return z if normals else words.long() & MASK
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_published_words_of_the_kernels(backend: str, device: torch.device) -> None:
+    """Of the published counters one has a second word of 0, as all of ours have."""
+    found = write(backend, 0, 0, 0, range(1), device, normals=False)
     assert found.flatten().tolist() == list(ANSWERS["zero"][1])
 
 
-@pytest.mark.triton
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("first", [0, 1 << 20, (1 << 32) - 300], ids=str)
 @pytest.mark.parametrize("seed", [0, SEED, (1 << 64) - 1, 0xFFFFFFFF, 1 << 63])
-def test_kernels_make_the_same_words(seed: int, first: int, device: torch.device) -> None:
-    from tests.philox_kernels import write
-
+def test_kernels_make_the_same_words(seed: int, first: int, backend: str, device: torch.device) -> None:
     chunks = range(first, first + 300)
     for sample, stream in ((0, 0), (5, 1 + 4 * 999), (MASK, MASK)):
-        found = write(seed, sample, stream, chunks, device, normals=False)
+        found = write(backend, seed, sample, stream, chunks, device, normals=False)
         key = torch.tensor([_philox.signed(seed)])
         wanted = reference_words(key, torch.tensor([sample]), stream, 1, chunks)
         assert torch.equal(found.cpu(), wanted[0])
@@ -142,17 +155,25 @@ def test_float32_normals_of_the_torch_backend_are_rounded_well(threads: int) -> 
     assert ((found.double() - true).abs() / radius(true)).max() <= ACCURACY
 
 
-@pytest.mark.triton
-def test_float32_normals_of_the_kernels_are_rounded_well(device: torch.device) -> None:
-    from tests.philox_kernels import write
-
+@pytest.mark.parametrize("backend", KERNELS)
+def test_float32_normals_of_the_kernels_are_rounded_well(backend: str, device: torch.device) -> None:
     chunks = range(250_000 if device.type == "cuda" else 10_000)
-    found = write(SEED, 0, 0, chunks, device, normals=True).cpu().double()
+    found = write(backend, SEED, 0, 0, chunks, device, normals=True).cpu().double()
     true = _philox.normals(1, 4 * len(chunks), SEED).view(-1, 4)
     assert ((found - true).abs() / radius(true)).max() <= ACCURACY
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.triton
+@pytest.mark.cuda
+def test_normals_of_both_kernels_are_the_same(device: torch.device) -> None:
+    """The same polynomials: on a GPU the same bits, in Triton's interpreter, which does not contract, to rounding."""
+    found, wanted = (write(name, SEED, 3, 9, range(5000), device, normals=True) for name in ("cuda", "triton"))
+    if device.type == "cuda":
+        assert torch.equal(found, wanted)
+    assert ((found - wanted).abs() / radius(wanted)).max() <= ACCURACY
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_no_tail_is_cut(backend: str, device: torch.device) -> None:
     """A word of 0 makes a radius of sqrt(-2 ln 2^-33) = 6.76, which no clamp of the uniform may shorten."""
     seeds = torch.tensor([WORD_0_SEED, 1505650019, 138874391], device=device)
@@ -163,7 +184,7 @@ def test_no_tail_is_cut(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(z[[0, 1, 2], [2, 2, 3]].cpu(), wanted, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sample_has_its_noise_in_any_batch(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     x = torch.empty(5, 3, 6, 6, device=device, dtype=dtype)
@@ -179,7 +200,7 @@ def test_a_sample_has_its_noise_in_any_batch(dtype: torch.dtype, backend: str, d
     assert whole.dtype == dtype
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("shape", [(2, 16, 4, 4), (2, 3, 5, 3), (2, 5, 4, 6), (1, 40, 8, 8)], ids=str)
 def test_layout_changes_nothing(shape: tuple[int, ...], backend: str, device: torch.device) -> None:
     x = torch.empty(shape, device=device)
@@ -192,7 +213,7 @@ def test_layout_changes_nothing(shape: tuple[int, ...], backend: str, device: to
     assert torch.equal(strided[0], ops.noise_like(x[:1], SEED)[0] if backend == "torch" else strided[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_all_bits_of_a_seed_count(backend: str, device: torch.device) -> None:
     x = torch.empty(1, 8, device=device)
     with mmfast.backend(backend):
@@ -205,7 +226,7 @@ def test_all_bits_of_a_seed_count(backend: str, device: torch.device) -> None:
             assert torch.equal(ops.noise_like(x, seed), ops.noise_like(x, seed % (1 << 64)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_streams_of_one_seed_differ(backend: str, device: torch.device) -> None:
     """Noise is used once: not in the next call, in the next step, or by another op; only what should agree does."""
     schedule = mmfast.NoiseSchedule().to(device)

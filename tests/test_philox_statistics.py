@@ -24,11 +24,16 @@ SEED = 20_240_229
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param("torch"), pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.gpu])]
+    scope="module",
+    params=[
+        pytest.param("torch"),
+        pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.gpu]),
+        pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.gpu]),
+    ],
 )
 def z(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Tensor]:
     """(10, 10^6): of the torch backend on this device's host, of the kernel on a GPU."""
-    x = torch.empty(SAMPLES, SIZE, device=device if request.param == "triton" else "cpu")
+    x = torch.empty(SAMPLES, SIZE, device="cpu" if request.param == "torch" else device)
     torch.set_num_threads(1)  # the fixture that does so for each test comes later
     with mmfast.backend(request.param):
         yield ops.noise_like(x, SEED)

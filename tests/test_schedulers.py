@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 import mmfast
 from mmfast import NoiseSchedule, ops
 from mmfast.schedulers import DDIMScheduler, DDPMScheduler
+from tests.fresh import run
 
 KINDS = pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
 
@@ -51,8 +50,7 @@ assert mmfast.DDPMScheduler.from_pretrained(sys.argv[1]).config.beta_end == 0.02
 print("diffusers" in sys.modules)
 """
     with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[1] == "False"
+        assert run(code, folder).splitlines()[1] == "False"
 
 
 def test_lazy_exports() -> None:

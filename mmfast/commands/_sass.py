@@ -7,24 +7,67 @@ disassembly takes half a second and an assembly more.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "HMMA")}
 """Instructions that Triton makes of a 16-bit or tf32 dot of 64 rows or more. On sm_100 HMMA is the slow one."""
 
 
-def disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code."""
+def disassemble(cubin: bytes, *, code: bool = True) -> str:
+    """Resource usage and, unless `code` is false, machine code."""
 
     def run(path: str) -> str:
-        return _tool("cuobjdump", "-res-usage", path) + _tool("nvdisasm", "-c", path)
+        return _tool("cuobjdump", "-res-usage", path) + (_tool("nvdisasm", "-c", path) if code else "")
 
-    return _kept("kernel.sass", cubin, run)
+    return _kept("kernel.sass" if code else "kernel.resources", cubin, run)
+
+
+def cubins(file: Path) -> Iterator[tuple[str, bytes]]:
+    """(architecture, machine code) of each translation unit in a library that nvcc linked: ("90a", ...)."""
+    with tempfile.TemporaryDirectory() as folder:
+        _tool("cuobjdump", "-xelf", "all", str(file.resolve()), folder=folder)
+        for path in sorted(Path(folder).glob("*.cubin")):
+            found = re.search(r"\.sm_(\d+[af]?)\.cubin$", path.name)
+            if found is None:
+                raise RuntimeError(f"audit: cannot read the architecture of {path.name}")
+            yield found[1], path.read_bytes()
+
+
+def functions(code: str) -> dict[str, str]:
+    """What `disassemble` says, kernel by kernel: its line of resources and its instructions."""
+    found = dict(re.findall(r"^ *Function (\S+):\n(.*REG:.*)$", code, re.MULTILINE))
+    pieces = re.split(r"^\.text\.(\S+):$", code, flags=re.MULTILINE)
+    for name, instructions in zip(pieces[1::2], pieces[2::2], strict=True):
+        if name in found:  # else a function that kernels call
+            found[name] += "\n" + instructions
+    return found
+
+
+def launch_bounds(cubin: bytes) -> dict[str, int]:
+    """Threads that a block of each kernel may have, of those that say so: an attribute of the ELF file."""
+    table, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
+    sections = [struct.unpack_from("<I20xQQ", cubin, table + size * i) for i in range(count)]  # name, offset, length
+    found = {}
+    for start, offset, length in sections:
+        start += sections[names][1]
+        name = cubin[start : cubin.index(b"\0", start)].decode()
+        if not name.startswith(".nv.info."):
+            continue
+        at = offset
+        while at < offset + length:
+            kind, attribute, value = struct.unpack_from("<BBH", cubin, at)
+            if (kind, attribute) == (4, 5):  # EIFMT_SVAL, EIATTR_MAX_THREADS
+                found[name.removeprefix(".nv.info.")] = math.prod(struct.unpack_from("<3I", cubin, at + 4))
+            at += 4 + (value if kind == 4 else 0)
+    return found
 
 
 def wgmma_serialized(ptx: str, arch: int) -> tuple[str, ...]:
@@ -58,19 +101,19 @@ def _kept(name: str, content: bytes, run: Callable[[str], str]) -> str:
     return text
 
 
-def _tool(name: str, *args: str) -> str:
+def _tool(name: str, *args: str, folder: str | None = None) -> str:
     import triton.backends.nvidia
 
     path = Path(triton.backends.nvidia.__file__).parent / "bin" / name
-    done = subprocess.run([str(path), *args], capture_output=True, text=True)
+    done = subprocess.run([str(path), *args], capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"audit: {name} failed: {(done.stderr or done.stdout).strip()[:300]}")
     return done.stdout + (done.stderr if name == "ptxas" else "")
 
 
 def resources(code: str) -> dict[str, int]:
-    """Registers and bytes of local memory a thread, as `cuobjdump -res-usage` names them: REG, STACK, LOCAL."""
-    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", code)}
+    """Registers and bytes of local memory a thread, as `cuobjdump -res-usage` names them: REG, STACK, SHARED, LOCAL."""
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", code)}
     if "REG" not in found:
         raise RuntimeError(f"audit: cannot read the registers from: {code[:200]}")
     return found
@@ -106,6 +149,11 @@ def _widths(pattern: str, code: str) -> Counter[int]:
         narrow = [int(part[1:]) for part in parts if part in ("U8", "S8", "U16", "S16")]
         counts[256 if "ENL2" in parts else (named or narrow or [32])[-1]] += 1
     return counts
+
+
+def counted(counts: Counter[Any]) -> str:
+    """For a table: "2x128 1x32"."""
+    return " ".join(f"{count}x{what}" for what, count in sorted(counts.items(), reverse=True)) or "-"
 
 
 def widest(counts: Counter[int]) -> int:

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import cache
 from typing import Any, NamedTuple
 
-from . import _sass
+from . import _audit_cuda, _sass
 from ._process import run_again
 
 ARCHITECTURES = (80, 90, 100)
@@ -57,10 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: one a core)")
     parser.add_argument("--problems", action="store_true", help="list only configurations with a problem")
+    parser.add_argument("--cuda", action="store_true", help="only the CUDA C++ kernels, of the extension")
+    parser.add_argument(
+        "--code", nargs="*", type=int, choices=ARCHITECTURES, help="of CUDA C++ kernels, read the machine code of these"
+    )
+    parser.add_argument("--extension", metavar="FILE", help="the extension to read (default: the installed one)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile, print a table, and return 1 if a configuration has a problem."""
+    """Print a table of Triton's kernels and one of the CUDA C++ kernels; return 1 if one of them has a problem."""
+    if args.cuda:
+        return _audit_cuda.run(args)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":  # kernels imported under it cannot be compiled
         return run_again("audit", _command_line(args), TRITON_INTERPRET="0")
     from .. import backends
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     _print_table(failed if args.problems else results)
     _print_waste(failed if args.problems else results)
     _print_summary(results)
-    return 1 if failed else 0
+    return max(int(bool(failed)), _audit_cuda.run(args))
 
 
 def all_tasks(ops: tuple[str, ...] = (), arches: tuple[int, ...] = ARCHITECTURES) -> Iterator[Task]:
@@ -210,11 +217,9 @@ def _cores() -> int:
 
 def _command_line(args: argparse.Namespace) -> list[str]:
     line = [*args.ops, "--arch", *map(str, args.arch), "--jobs", str(args.jobs)]
+    line += ["--extension", args.extension] if args.extension else []
+    line += ["--code", *map(str, args.code)] if args.code is not None else []
     return [*line, "--problems"] if args.problems else line
-
-
-def _counts(counts: Counter[Any]) -> str:
-    return " ".join(f"{count}x{what}" for what, count in sorted(counts.items(), reverse=True)) or "-"
 
 
 def _print_table(results: list[Result]) -> None:
@@ -236,9 +241,9 @@ def _print_table(results: list[Result]) -> None:
             result.task.label.replace("[", r"\["),
             str(result.task.arch),
             *map(str, (result.threads, result.registers, result.spills, result.shared)),
-            _counts(result.loads),
-            _counts(result.stores),
-            _counts(result.tensor),
+            _sass.counted(result.loads),
+            _sass.counted(result.stores),
+            _sass.counted(result.tensor),
             _verdict(result),
         )
     if results:

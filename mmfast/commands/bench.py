@@ -24,12 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="also what takes minutes: every shape, max-autotune")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="measure what has TEXT in its name")
     parser.add_argument(
+        "--predict", action="store_true", help="times that the CUDA C++ kernels should take on an H200, by a model"
+    )
+    parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="start no new comparison after this; take turns"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmarks; 1 if one failed or a bound does not hold."""
+    if args.predict:
+        _predict(args.csv)
+        return 0
     import pytest
     import pytest_benchmark  # noqa: F401  (its absence is reported before anything runs)
     import torch
@@ -49,6 +55,23 @@ def run(args: argparse.Namespace) -> int:
     for path in _csv_paths(args, device):
         line += ["--csv", str(path.absolute())]
     return int(pytest.main(line, plugins=[_Progress()]))
+
+
+def _predict(path: Path | None) -> None:
+    """Print what the model says, and write it to `path` if there is one."""
+    from rich.table import Table
+
+    from mmfast.benchmarks import _predicted
+
+    from ._console import console
+
+    columns = _predicted.Prediction._fields[:6]
+    table = Table(*columns, title="Predicted by a model, not measured: H200", title_justify="left")
+    for row in _predicted.predictions():
+        table.add_row(*map(str, row[: len(columns)]))
+    console.print(table)
+    if path is not None:
+        _predicted.write(path)
 
 
 def folder() -> Path:

@@ -8,7 +8,7 @@ import os
 import platform
 from typing import Any
 
-ENVIRONMENT = ("MMFAST_BACKEND", "MMFAST_CHECK_RANKS", "TRITON_INTERPRET")
+ENVIRONMENT = ("MMFAST_BACKEND", "MMFAST_CHECK_RANKS", "MMFAST_EXTENSION", "TRITON_INTERPRET")
 PEERS = ("timm", "torchvision", "transformers", "open_clip_torch", "vit-pytorch", "liger-kernel", "quack-kernels")
 
 
@@ -80,11 +80,27 @@ def backend_states() -> list[tuple[str, str]]:
         triton = "in Triton's interpreter, for who forces it"
     else:
         triton = "no GPU; TRITON_INTERPRET=1 runs it in Triton's interpreter"
-    served = any(name == "cuda" for rules in backends.TABLE.values() for name, _ in rules)
-    cuda = "ready" if served else "missing: this version has no CUDA C++ kernels"
     forced = backends.forced()
     force = [("forced", forced)] if forced else []
-    return [("cuda", cuda), ("triton", triton), ("torch", "ready: PyTorch's own ops serve everything"), *force]
+    return [("cuda", _cuda_state()), ("triton", triton), ("torch", "ready: PyTorch's own ops serve everything"), *force]
+
+
+def _cuda_state() -> str:
+    """Whether there is an extension, and what it was built for."""
+    import torch
+
+    from .. import cuda
+
+    if cuda.missing():
+        return f"missing: {cuda.missing()}"
+    if cuda.emulated():
+        return "emulated: serves CPU tensors, for who forces it"
+    built = f"built for {', '.join(f'sm_{arch}' for arch in cuda.architectures())}"
+    if not torch.cuda.is_available():
+        return f"{built}; no GPU"
+    cards = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    others = [f"{major}.{minor}" for major, minor in sorted(cards) if not cuda.runs_on((major, minor))]
+    return f"{built}, not for compute capability {', '.join(others)}" if others else f"ready: {built}"
 
 
 def choices() -> list[tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 The rule: the error is at most twice PyTorch's own in the same dtype, plus the rounding of a single value. Each call
 also runs twice and must give the same bits, in memory filled with NaN. Without a GPU the real Triton kernels run in
-Triton's interpreter.
+Triton's interpreter, and the CUDA C++ kernels in an emulated build (MMFAST_BUILD=emulated, or MMFAST_EXTENSION).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to grade (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--backend", choices=("cuda", "triton", "torch"), help="default: triton where installed")
+    parser.add_argument("--backend", choices=("cuda", "triton", "torch"), help="default: all that can run here")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--failures", action="store_true", help="list only what failed")
     parser.add_argument("--json", action="store_true", help="print the grades as JSON")
@@ -45,13 +45,32 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU")
-    backend = args.backend or ("torch" if backends.TRITON_MISSING else "triton")
-    if backend == "triton" and backends.TRITON_MISSING:
-        raise ValueError(f"--backend triton: {backends.TRITON_MISSING}")
-    interpreted = backend == "triton" and device == "cpu"
-    if (os.environ.get("TRITON_INTERPRET", "0") == "1") != interpreted:  # read when the kernels are imported
-        return run_again("verify", _command_line(args, device, backend), TRITON_INTERPRET=str(int(interpreted)))
-    return _grade_all(args, torch.device(device), backend, interpreted)
+    states = {"cuda": _cuda_missing(device), "triton": backends.TRITON_MISSING, "torch": None}
+    if args.backend and states[args.backend]:
+        raise ValueError(f"--backend {args.backend}: {states[args.backend]}")
+    chosen = [args.backend] if args.backend else [name for name in ("triton", "cuda") if not states[name]] or ["torch"]
+    if args.json and len(chosen) > 1:
+        raise ValueError(f"--json: name one --backend of {', '.join(chosen)}")
+    failed = 0
+    for backend in chosen:
+        interpreted = backend == "triton" and device == "cpu"
+        if (os.environ.get("TRITON_INTERPRET", "0") == "1") != interpreted:  # read when the kernels are imported
+            line = _command_line(args, device, backend)
+            failed |= run_again("verify", line, TRITON_INTERPRET=str(int(interpreted)))
+        else:
+            failed |= _grade_all(args, torch.device(device), backend, interpreted)
+    return failed
+
+
+def _cuda_missing(device: str) -> str | None:
+    """Why the CUDA C++ kernels cannot be graded on this kind of device, or None."""
+    from .. import cuda
+
+    why_not = cuda.missing()
+    if why_not is None and cuda.emulated() != (device == "cpu"):
+        built = "an emulated build" if cuda.emulated() else "built for GPUs"
+        why_not = f"the extension is {built}, which cannot run on device {device}"
+    return why_not
 
 
 def _grade_all(args: argparse.Namespace, device: torch.device, backend: str, interpreted: bool) -> int:
@@ -60,9 +79,12 @@ def _grade_all(args: argparse.Namespace, device: torch.device, backend: str, int
     from .. import ops
     from ._console import console, progress
 
-    torch.set_num_threads(1 if interpreted else torch.get_num_threads())  # small tensors: threads only get in the way
+    emulated = backend == "cuda" and device.type == "cpu"
+    if interpreted or emulated:
+        torch.set_num_threads(1)  # small tensors: threads only get in the way
     names = [name for name in args.dtype if not (interpreted and name == "bfloat16")]
-    groups = [(op, getattr(torch, name)) for op in args.ops or ops.NAMES for name in names]
+    graded = [op for op in args.ops or ops.NAMES if _has(op, backend)]
+    groups = [(op, getattr(torch, name)) for op in graded for name in names]
     grades: list[Grade] = []
     with progress("verifying", len(groups)) as advance:
         for op, dtype in groups:
@@ -80,9 +102,16 @@ def _grade_all(args: argparse.Namespace, device: torch.device, backend: str, int
     _print_table(failed if args.failures else grades)
     if interpreted and "bfloat16" in args.dtype:
         console.print("bfloat16: not run, since Triton's interpreter computes it wrongly; it needs a GPU")
-    where = "Triton's interpreter" if interpreted else str(device)
+    where = "Triton's interpreter" if interpreted else "an emulated build" if emulated else str(device)
     console.print(f"{len(grades) - len(failed)} of {len(grades)} passed ({backend} on {where})", highlight=False)
     return 1 if failed else 0
+
+
+def _has(op: str, backend: str) -> bool:
+    """Whether the op has kernels of this backend at all."""
+    from .. import backends
+
+    return backend == "torch" or any(name == backend for name, _ in backends.TABLE[op])
 
 
 def _grade(op: str, case: Any, dtype: torch.dtype, backend: str) -> Grade:

@@ -86,7 +86,9 @@ def check_mask(op: str, attn_mask: object, q: Tensor, shape: tuple[int, ...]) ->
         raise ValueError(f"{op}: attn_mask must broadcast to {shape}, got {tuple(attn_mask.shape)}")
 
 
-def facts(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> backends.Facts:
+def facts(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool = False
+) -> backends.Facts:
     """What the choice of a backend looks at."""
     return backends.Facts(
         q.device,
@@ -95,6 +97,7 @@ def facts(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: 
         q.shape[-2],
         k.shape[-2],
         refusal(q.shape[-1], v.shape[-1], attn_mask, dropout_p, q.numel() and k.numel()),
+        no_cuda(attn_mask, is_causal),
     )
 
 
@@ -111,6 +114,13 @@ def refusal(width: int, width_v: int, attn_mask: Tensor | None, dropout_p: float
     if attn_mask is not None and width > 128:
         return f"a mask beside head_dim {width}, above 128"
     return None if elements else "empty tensors"
+
+
+def no_cuda(attn_mask: Tensor | None, is_causal: bool) -> str | None:
+    """Why the CUDA C++ kernels cannot serve an attention that a Triton kernel may, or None."""
+    if attn_mask is not None:
+        return "a mask"
+    return "causal attention" if is_causal else None
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:

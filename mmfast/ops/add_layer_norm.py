@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ._launchers import launchers
 from ._register import differentiable_backward, register, stats_dtype
 from ._validate import check_eps, check_input, check_tensor, check_vector
 from .layer_norm import layer_norm, layer_norm_torch
@@ -206,13 +207,13 @@ def _implementation(
     gamma: Tensor | None,
     sample: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if _pick(torch.promote_types(x.dtype, residual.dtype), x) == "torch":
+    backend = _pick(torch.promote_types(x.dtype, residual.dtype), x)
+    if backend == "torch":
         s = _add(x, residual, gamma, sample)
         return layer_norm_torch(s, weight, bias, eps), s
-    from ..kernels.add_layer_norm import add_layer_norm_forward
-
-    args = (x, residual, weight, bias, eps, gamma, sample)
-    return add_layer_norm_forward(*args, save_stats=False)[:2]
+    launch = launchers(backend, "add_layer_norm").add_layer_norm_forward
+    y, s, _, _ = launch(x, residual, weight, bias, eps, gamma, sample, save_stats=False)
+    return y, s
 
 
 def _forward(
@@ -224,12 +225,11 @@ def _forward(
     gamma: Tensor | None,
     sample: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _pick(torch.promote_types(x.dtype, residual.dtype), x) != "torch":
-        from ..kernels.add_layer_norm import add_layer_norm_forward
-
-        y, s, mean, rstd = add_layer_norm_forward(x, residual, weight, bias, eps, gamma, sample)
-        if mean is not None and rstd is not None:
-            return y, s, mean, rstd
+    backend = _pick(torch.promote_types(x.dtype, residual.dtype), x)
+    if backend != "torch":
+        launch = launchers(backend, "add_layer_norm").add_layer_norm_forward
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = launch(x, residual, weight, bias, eps, gamma, sample)
+        return found
     s = _add(x, residual, gamma, sample)
     y = layer_norm_torch(s, weight, bias, eps)
     var, mean = torch.var_mean(s.to(stats_dtype(s)), -1, correction=0)
@@ -258,10 +258,9 @@ def _backward(
         (like if isinstance(like, torch.dtype) else like.dtype) if want and like is not None else None
         for like, want in zip(likes, wanted, strict=True)
     ]
-    if _pick(s.dtype, s) != "torch":
-        from ..kernels.add_layer_norm import add_layer_norm_backward
-
-        found = add_layer_norm_backward(
+    backend = _pick(s.dtype, s)
+    if backend != "torch":
+        found = launchers(backend, "add_layer_norm").add_layer_norm_backward(
             dy,
             ds,
             s,

@@ -20,6 +20,7 @@ from ._attention import (
     natural_lse,
     new_heads,
 )
+from ._launchers import launchers
 from ._register import differentiable_backward, register
 
 __all__ = ["MAX_HEAD_DIM", "attention", "cost"]
@@ -68,7 +69,8 @@ def attention(
     """
     check_arguments("attention", q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if not return_lse and (
-        backends.torch_serves(q) or backends.choose("attention", facts(q, k, v, attn_mask, dropout_p)) == "torch"
+        backends.torch_serves(q)
+        or backends.choose("attention", facts(q, k, v, attn_mask, dropout_p, is_causal)) == "torch"
     ):
         return attention_torch(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if return_lse:
@@ -76,7 +78,7 @@ def attention(
             raise ValueError(f"attention: return_lse needs dropout_p 0, got {dropout_p}")
         if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
             raise ValueError("attention: return_lse needs an attn_mask without gradient, got one that requires it")
-        backends.choose("attention", facts(q, k, v, attn_mask, dropout_p))
+        backends.choose("attention", facts(q, k, v, attn_mask, dropout_p, is_causal))
     scale = 1.0 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
     lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     out, lse = _attention(*canonical(q, k, v, attn_mask), is_causal, scale)
@@ -140,12 +142,14 @@ class AttentionFunction(torch.autograd.Function):
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    if _pick(q, k, v, attn_mask) == "torch":
+    backend = _pick(q, k, v, attn_mask, is_causal)
+    if backend == "torch":
         return forward_torch(q, k, v, attn_mask, is_causal, scale)
-    from ..kernels.attention import attention_forward
-
     precision = backends.product_precision()
-    return attention_forward(q, k, v, attn_mask, is_causal=is_causal, scale=scale, precision=precision)
+    found: tuple[Tensor, Tensor] = launchers(backend, "attention").attention_forward(
+        q, k, v, attn_mask, is_causal=is_causal, scale=scale, precision=precision
+    )
+    return found
 
 
 def _backward(
@@ -161,12 +165,11 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     found: tuple[Tensor | None, Tensor | None, Tensor | None]
-    if _pick(q, k, v, attn_mask) == "torch":
+    backend = _pick(q, k, v, attn_mask, is_causal)
+    if backend == "torch":
         found = backward_torch(dout, q, k, v, out, lse, attn_mask, is_causal, scale)
     else:
-        from ..kernels.attention import attention_backward
-
-        found = attention_backward(
+        found = launchers(backend, "attention").attention_backward(
             dout,
             q,
             k,
@@ -210,8 +213,8 @@ def _backward_fake(
     return dq, dk, dv
 
 
-def _pick(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> str:
-    return backends.pick("attention", facts(q, k, v, attn_mask, 0.0))
+def _pick(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str:
+    return backends.pick("attention", facts(q, k, v, attn_mask, 0.0, is_causal))
 
 
 _attention = register(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._attention import attention_torch, backward_torch, check_mask, check_options, forward_torch, refusal
+from ._attention import attention_torch, backward_torch, check_mask, check_options, forward_torch, no_cuda, refusal
+from ._launchers import launchers
 from ._register import autocasts, differentiable_backward, register
 from ._validate import check_tensor
 
@@ -57,7 +58,7 @@ def attention_qkv(
         check_mask("attention_qkv", attn_mask, qkv, (batch, num_heads, length, length))
     if (
         backends.torch_serves(qkv)
-        or backends.choose("attention_qkv", _facts(qkv, num_heads, attn_mask, dropout_p)) == "torch"
+        or backends.choose("attention_qkv", _facts(qkv, num_heads, attn_mask, dropout_p, is_causal)) == "torch"
     ):
         return attention_qkv_torch(qkv, num_heads, attn_mask, dropout_p, is_causal, scale)
     if attn_mask is not None:
@@ -120,14 +121,14 @@ class AttentionQkvFunction(torch.autograd.Function):
 def _forward(
     qkv: Tensor, num_heads: int, attn_mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    if _pick(qkv, num_heads, attn_mask) == "torch":
+    backend = _pick(qkv, num_heads, attn_mask, is_causal)
+    if backend == "torch":
         out, lse = forward_torch(*split_heads(qkv, num_heads), attn_mask, is_causal, scale)
         return out.transpose(1, 2).flatten(2), lse
-    from ..kernels.attention_qkv import attention_qkv_forward
-
-    return attention_qkv_forward(
+    found: tuple[Tensor, Tensor] = launchers(backend, "attention_qkv").attention_qkv_forward(
         qkv, num_heads, attn_mask, is_causal=is_causal, scale=scale, precision=backends.product_precision()
     )
+    return found
 
 
 def _backward(
@@ -140,17 +141,17 @@ def _backward(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    if _pick(qkv, num_heads, attn_mask) == "torch":
+    backend = _pick(qkv, num_heads, attn_mask, is_causal)
+    if backend == "torch":
         dout, out = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (dout, out))
         q, k, v = split_heads(qkv, num_heads)
         found = backward_torch(dout, q, k, v, out, lse, attn_mask, is_causal, scale)
         return torch.cat([g.transpose(1, 2).flatten(2) for g in found], dim=-1)
-    from ..kernels.attention_qkv import attention_qkv_backward
-
     precision = backends.product_precision()
-    return attention_qkv_backward(
+    dqkv: Tensor = launchers(backend, "attention_qkv").attention_qkv_backward(
         dout, qkv, num_heads, out, lse, attn_mask, is_causal=is_causal, scale=scale, precision=precision
     )
+    return dqkv
 
 
 def _forward_fake(
@@ -166,17 +167,18 @@ def _width(qkv: Tensor, num_heads: int) -> int:
     return qkv.shape[-1] // (3 * num_heads)
 
 
-def _facts(qkv: Tensor, num_heads: int, attn_mask: Tensor | None, dropout_p: float) -> backends.Facts:
+def _facts(qkv: Tensor, num_heads: int, attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> backends.Facts:
     width = _width(qkv, num_heads)
     dtype = qkv.dtype
     if autocasts(qkv.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(qkv.device.type)
     no = refusal(width, width, attn_mask, dropout_p, qkv.numel())
-    return backends.Facts(qkv.device, dtype, width, qkv.shape[1], qkv.shape[1], no)
+    length = qkv.shape[1]
+    return backends.Facts(qkv.device, dtype, width, length, length, no, no_cuda(attn_mask, is_causal))
 
 
-def _pick(qkv: Tensor, num_heads: int, attn_mask: Tensor | None) -> str:
-    return backends.pick("attention_qkv", _facts(qkv, num_heads, attn_mask, 0.0))
+def _pick(qkv: Tensor, num_heads: int, attn_mask: Tensor | None, is_causal: bool) -> str:
+    return backends.pick("attention_qkv", _facts(qkv, num_heads, attn_mask, 0.0, is_causal))
 
 
 _attention_qkv = register(

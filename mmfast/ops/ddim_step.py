@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..noise_schedule import NoiseSchedule
+from ._launchers import launchers
 from ._noise import fresh_seeds
 from ._register import register
 from ._reverse_step import SCHEMA, Inputs, check_number, check_step, draw, facts, step_bytes, step_fake
@@ -200,11 +201,10 @@ def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _implementation(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, extra = Inputs(*args[:-2]), args[-2:]
-    if backends.pick("ddim_step", facts(inputs.x)) == "torch":
+    backend = backends.pick("ddim_step", facts(inputs.x))
+    if backend == "torch":
         return _ddim_step_torch(inputs, *extra)
-    from ..kernels.ddim_step import ddim_step_forward
-
-    x_prev, x0 = ddim_step_forward(*inputs, *extra)
+    x_prev, x0 = launchers(backend, "ddim_step").ddim_step_forward(*inputs, *extra)
     return x_prev, inputs.x.new_empty(0) if x0 is None else x0
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..noise_schedule import NoiseSchedule
+from ._launchers import launchers
 from ._noise import fresh_seeds
 from ._register import register
 from ._reverse_step import LEARNED, SCHEMA, Inputs, check_step, draw, facts, step_bytes, step_fake, variance_kind
@@ -203,11 +204,10 @@ def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _implementation(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, variance = Inputs(*args[:-1]), args[-1]
-    if backends.pick("ddpm_step", facts(inputs.x)) == "torch":
+    backend = backends.pick("ddpm_step", facts(inputs.x))
+    if backend == "torch":
         return _ddpm_step_torch(inputs, variance)
-    from ..kernels.ddpm_step import ddpm_step_forward
-
-    x_prev, x0 = ddpm_step_forward(*inputs, variance)
+    x_prev, x0 = launchers(backend, "ddpm_step").ddpm_step_forward(*inputs, variance)
     return x_prev, inputs.x.new_empty(0) if x0 is None else x0
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
+from ._launchers import launchers
 from ._register import differentiable_backward, register, stats_dtype
 from ._validate import check_eps, check_input, check_vector
 
@@ -88,20 +89,18 @@ class LayerNormFunction(torch.autograd.Function):
 
 
 def _implementation(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    if _pick(x) == "torch":
+    backend = _pick(x)
+    if backend == "torch":
         return layer_norm_torch(x, weight, bias, eps)
-    from ..kernels.layer_norm import layer_norm_forward
-
-    return layer_norm_forward(x, weight, bias, eps, save_stats=False)[0]
+    y: Tensor = launchers(backend, "layer_norm").layer_norm_forward(x, weight, bias, eps, save_stats=False)[0]
+    return y
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if _pick(x) != "torch":
-        from ..kernels.layer_norm import layer_norm_forward
-
-        y, mean, rstd = layer_norm_forward(x, weight, bias, eps)
-        if mean is not None and rstd is not None:
-            return y, mean, rstd
+    backend = _pick(x)
+    if backend != "torch":
+        found: tuple[Tensor, Tensor, Tensor] = launchers(backend, "layer_norm").layer_norm_forward(x, weight, bias, eps)
+        return found
     stats = stats_dtype(x)
     weight, bias = (p if p is None else p.to(stats) for p in (weight, bias))
     y, mean, rstd = torch.native_layer_norm(x.to(stats), x.shape[-1:], weight, bias, eps)
@@ -117,10 +116,9 @@ def _backward(
     rstd: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _pick(x) != "torch":
-        from ..kernels.layer_norm import layer_norm_backward
-
-        found = layer_norm_backward(
+    backend = _pick(x)
+    if backend != "torch":
+        found = launchers(backend, "layer_norm").layer_norm_backward(
             dy,
             x,
             weight,

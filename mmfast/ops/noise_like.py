@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends
 from .._layouts import memory_format, new_like
 from ..reference._philox import Stream
+from ._launchers import launchers
 from ._noise import (
     check_offset_noise,
     check_seed,
@@ -74,11 +75,10 @@ def cost(x: Tensor, *, backward: bool = False) -> dict[str, int]:
 
 
 def _implementation(x: Tensor, seeds: Tensor | None, seed: int, offset_noise: float) -> Tensor:
-    if backends.pick("noise_like", facts(x)) == "torch":
+    backend = backends.pick("noise_like", facts(x))
+    if backend == "torch":
         return noise_torch(x, seeds, seed, offset_noise).to(x.dtype).contiguous(memory_format=memory_format(x))
-    from ..kernels.noise_like import noise_like_forward
-
-    return noise_like_forward(x, seeds, seed, offset_noise)
+    return launchers(backend, "noise_like").noise_like_forward(x, seeds, seed, offset_noise)
 
 
 _noise_like = register(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..noise_schedule import NoiseSchedule
+from ._launchers import launchers
 from ._noise import (
     check_noise,
     check_offset_noise,
@@ -181,10 +182,10 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """The loss and, where the last argument asks for it, its gradient by the weight (B,)."""
     call, need_weight = _Call(*args[:-1]), args[-1]
     prediction = call.prediction
-    if backends.pick("noise_mse", facts(prediction)) != "torch":
-        from ..kernels.noise_mse import noise_mse_forward
-
-        loss, found = noise_mse_forward(*call, count=call.divisor, save_parts=need_weight)
+    backend = backends.pick("noise_mse", facts(prediction))
+    if backend != "torch":
+        forward = launchers(backend, "noise_mse").noise_mse_forward
+        loss, found = forward(*call, count=call.divisor, save_parts=need_weight)
         return loss, prediction.new_empty(0, dtype=loss.dtype) if found is None else found
     wanted = wanted_torch(prediction, call.x0, call.t, call.table, call.seeds, call.seed, *_target(call))
     sums = sample_sums((prediction.to(wanted.dtype) - wanted).square_())
@@ -199,10 +200,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(dloss: Tensor, *args: Any) -> Tensor:
     call = _Call(*args)
     prediction = call.prediction
-    if backends.pick("noise_mse", facts(prediction)) != "torch":
-        from ..kernels.noise_mse import noise_mse_backward
-
-        return noise_mse_backward(dloss, *call, count=call.divisor)
+    backend = backends.pick("noise_mse", facts(prediction))
+    if backend != "torch":
+        return launchers(backend, "noise_mse").noise_mse_backward(dloss, *call, count=call.divisor)
     wanted = wanted_torch(prediction, call.x0, call.t, call.table, call.seeds, call.seed, *_target(call))
     scale = dloss.expand(len(prediction)) * (2.0 / call.divisor if call.divisor else math.nan)
     factor = sample_factor(call.t, call.table, call.weight, call.target, call.snr_gamma, scale.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends
 from .._layouts import dense, memory_format, new_like
 from ..noise_schedule import NoiseSchedule
+from ._launchers import launchers
 from ._noise import (
     check_noise,
     check_offset_noise,
@@ -220,13 +221,13 @@ def _implementation(
     target: str | None,
     offset_noise: float,
 ) -> tuple[Tensor, Tensor]:
-    if backends.pick("q_sample", facts(x0)) == "torch":
+    backend = backends.pick("q_sample", facts(x0))
+    if backend == "torch":
         noise = noise_torch(x0, seeds, seed, offset_noise) if noise is None else noise
         noised, extra = q_sample_torch(x0, t, table, noise, target)
         return dense(noised, x0), x0.new_empty(0) if extra is None else dense(extra, x0)
-    from ..kernels.q_sample import q_sample_forward
-
-    noised, extra = q_sample_forward(x0, t, table, noise, seeds, seed, target=target, offset_noise=offset_noise)
+    forward = launchers(backend, "q_sample").q_sample_forward
+    noised, extra = forward(x0, t, table, noise, seeds, seed, target=target, offset_noise=offset_noise)
     return noised, x0.new_empty(0) if extra is None else extra
 
 
@@ -234,12 +235,12 @@ def _backward(
     dnoised: Tensor, dtarget: Tensor | None, t: Tensor, table: Tensor, target: str | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     dtarget = dtarget if target == "v_prediction" else None
-    if backends.pick("q_sample", facts(dnoised)) == "torch":
+    backend = backends.pick("q_sample", facts(dnoised))
+    if backend == "torch":
         found: tuple[Tensor | None, Tensor | None] = _gradients_torch(dnoised, dtarget, t, table, target)
     else:
-        from ..kernels.q_sample import q_sample_backward
-
-        found = q_sample_backward(dnoised, dtarget, t, table, need_dx0=needs[0], need_dnoise=needs[1])
+        backward = launchers(backend, "q_sample").q_sample_backward
+        found = backward(dnoised, dtarget, t, table, need_dx0=needs[0], need_dnoise=needs[1])
     dx0, dnoise = (
         g.contiguous(memory_format=memory_format(dnoised)) if g is not None and need else dnoised.new_empty(0)
         for g, need in zip(found, needs, strict=True)

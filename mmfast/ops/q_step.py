@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends
 from ..noise_schedule import NoiseSchedule
 from ..reference._philox import Stream
+from ._launchers import launchers
 from ._noise import (
     check_noise,
     check_schedule,
@@ -177,22 +178,21 @@ def _gradients_torch(dy: Tensor, t: Tensor, table: Tensor, noise_dtype: torch.dt
 def _implementation(
     x: Tensor, t: Tensor, table: Tensor, noise: Tensor | None, seeds: Tensor | None, seed: int
 ) -> Tensor:
-    if backends.pick("q_step", facts(x)) == "torch":
+    backend = backends.pick("q_step", facts(x))
+    if backend == "torch":
         return q_step_torch(x, t, table, noise, seeds, seed)
-    from ..kernels.q_step import q_step_forward
-
-    return q_step_forward(x, t, table, noise, seeds, seed)
+    return launchers(backend, "q_step").q_step_forward(x, t, table, noise, seeds, seed)
 
 
 def _backward(
     dy: Tensor, t: Tensor, table: Tensor, noise_dtype: torch.dtype | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    if backends.pick("q_step", facts(dy)) == "torch":
+    backend = backends.pick("q_step", facts(dy))
+    if backend == "torch":
         found: tuple[Tensor | None, ...] = _gradients_torch(dy, t, table, noise_dtype)
     else:
-        from ..kernels.q_step import q_step_backward
-
-        found = q_step_backward(dy, t, table, need_dx=needs[0], need_dnoise=needs[1])
+        backward = launchers(backend, "q_step").q_step_backward
+        found = backward(dy, t, table, need_dx=needs[0], need_dnoise=needs[1])
     dx, dnoise = (
         dense(g.to(dtype), dy) if g is not None and need else dy.new_empty(0)
         for g, need, dtype in zip(found, needs, (dy.dtype, noise_dtype or dy.dtype), strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,3 +112,27 @@ def test_a_kernel_that_raises_is_a_failed_row(
     assert cli.main(line) == 1
     grades = json.loads(capsys.readouterr().out)
     assert {grade["note"] for grade in grades} == {"RuntimeError: out of registers"}
+
+
+@pytest.mark.cuda
+def test_an_emulated_build_is_graded_in_bfloat16_too(capsys: pytest.CaptureFixture[str], device: torch.device) -> None:
+    line = ["verify", "layer_norm", "--backend", "cuda", "--device", device.type, "--json"]
+    assert cli.main(line) == 0
+    grades = json.loads(capsys.readouterr().out)
+    assert {grade["dtype"] for grade in grades} == {"float32", "float16", "bfloat16"}
+    assert {grade["backend"] for grade in grades if "8192" not in grade["note"]} == {"cuda"}
+
+
+def test_a_backend_that_cannot_run_here_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmfast import cuda
+
+    monkeypatch.setattr(cuda, "_found", None)
+    monkeypatch.setattr(cuda, "_missing", "built without nvcc")
+    assert cli.main(["verify", "--backend", "cuda", "--device", "cpu"]) == 2
+    assert "--backend cuda: built without nvcc" in capsys.readouterr().err
+    monkeypatch.setattr(cuda, "_missing", None)
+    monkeypatch.setattr(cuda, "_found", SimpleNamespace(emulated=False, architectures="90a"))
+    assert cli.main(["verify", "--backend", "cuda", "--device", "cpu"]) == 2
+    assert "built for GPUs" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -23,6 +24,8 @@ LIMIT = 240
 """Seconds until a whole run does."""
 
 Case = Callable[[int, int], None]
+Run = tuple[int, str]
+"""How many ranks, and which set of cases: "quick" or "slow"."""
 
 
 def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = LIMIT) -> list[Any]:
@@ -54,6 +57,15 @@ def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = LI
     failures = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(found) if error]
     assert not failures, "\n".join(failures)
     return [result for _, result in found]
+
+
+def parameters(runs: dict[Run, dict[str, Any]]) -> list[Any]:
+    """A parameter `(run, name)` for each case, those of a slow run marked so."""
+    return [
+        pytest.param(of, name, id=f"{of[0]}-{name}", marks=[pytest.mark.slow] if of[1] == "slow" else [])
+        for of, cases in runs.items()
+        for name in cases
+    ]
 
 
 def run_cases(cases: dict[str, Case], size: int, timeout: float = LIMIT) -> dict[str, str]:

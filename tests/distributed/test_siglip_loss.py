@@ -16,10 +16,9 @@ from torch import Tensor
 
 from mmfast import ops, reference
 from mmfast.ops import _exchange
+from tests.distributed.launch import Run, parameters
 
 siglip_loss_file: Any = sys.modules["mmfast.ops.siglip_loss"]  # `mmfast.ops.siglip_loss` is the function
-SIZES = (2, 4)
-"""Ranks."""
 
 
 def whole_batch(size: int, images: int, texts: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -177,19 +176,19 @@ CASES |= {f"{name} (ring)": partial(ringed, case=case) for name, case in CASES.i
 CASES |= {"what is refused": case_what_is_refused, "compiled": case_compiled, "opcheck": case_opcheck}
 FOUR = ("plain", "ids", "two captions an image", "nan and empty", "what is refused")
 """Cases whose shards or sums may go wrong only with more than two ranks."""
-RUNS = {
-    size: {name: case for name, case in CASES.items() if size == 2 or name.removesuffix(" (ring)") in FOUR}
-    for size in SIZES
+RUNS: dict[Run, dict[str, Any]] = {
+    (2, "quick"): CASES,
+    (4, "quick"): {name: case for name, case in CASES.items() if name.removesuffix(" (ring)") in FOUR},
 }
 
 
 @pytest.fixture(scope="module")
-def failures(run_once: Callable[..., dict[str, str]]) -> Callable[[int], dict[str, str]]:
-    """Runs all cases on one group of processes of a size, once; what failed."""
-    return cache(lambda size: run_once(__name__, RUNS[size], size))
+def failures(run_once: Callable[..., dict[str, str]]) -> Callable[[Run], dict[str, str]]:
+    """Runs all cases of a run on one group of processes, once; what failed."""
+    return cache(lambda of: run_once(__name__, RUNS[of], of))
 
 
-@pytest.mark.parametrize(("size", "name"), [(size, name) for size in SIZES for name in RUNS[size]])
-def test_siglip_loss_of_a_group(failures: Callable[[int], dict[str, str]], size: int, name: str) -> None:
-    if name in failures(size):
-        pytest.fail(failures(size)[name], pytrace=False)
+@pytest.mark.parametrize(("of", "name"), parameters(RUNS))
+def test_siglip_loss_of_a_group(failures: Callable[[Run], dict[str, str]], of: Run, name: str) -> None:
+    if name in failures(of):
+        pytest.fail(failures(of)[name], pytrace=False)

@@ -35,7 +35,8 @@ from mmfast.commands import _demo_clip as demo  # noqa: E402
 from mmfast.commands._demo_captions import CAPTIONS, Words  # noqa: E402
 from mmfast.commands._demo_data import load  # noqa: E402
 from mmfast.ops import _exchange, _exchange_ranks  # noqa: E402
-from tests.distributed.test_clip_loss import SIZES, set_to  # noqa: E402
+from tests.distributed.launch import Run, parameters  # noqa: E402
+from tests.distributed.test_clip_loss import set_to  # noqa: E402
 
 PAIRS = 4
 """On a rank."""
@@ -354,16 +355,20 @@ CASES |= {f"{name} (ring)": partial(ringed, case=CASES[name]) for name in RINGED
 
 COSTLY = ("compiled loss", "clip demo")
 """Cases that compile or train: two ranks show as much as four."""
-RUNS = {size: {name: case for name, case in CASES.items() if size == 2 or name not in COSTLY} for size in SIZES}
+RUNS: dict[Run, dict[str, Any]] = {
+    (2, "quick"): CASES,
+    (4, "quick"): {name: CASES[name] for name in ("clip loss in ddp", "clip loss in ddp (ring)", "siglip in ddp")},
+}
+RUNS[4, "slow"] = {name: case for name, case in CASES.items() if name not in (*RUNS[4, "quick"], *COSTLY)}
 
 
 @pytest.fixture(scope="module")
-def failures(run_once: Callable[..., dict[str, str]]) -> Callable[[int], dict[str, str]]:
-    """Runs all cases on one group of processes of a size, once; what failed."""
-    return cache(lambda size: run_once(__name__, RUNS[size], size))
+def failures(run_once: Callable[..., dict[str, str]]) -> Callable[[Run], dict[str, str]]:
+    """Runs all cases of a run on one group of processes, once; what failed."""
+    return cache(lambda of: run_once(__name__, RUNS[of], of))
 
 
-@pytest.mark.parametrize(("size", "name"), [(size, name) for size in SIZES for name in RUNS[size]])
-def test_training_on_a_group(failures: Callable[[int], dict[str, str]], size: int, name: str) -> None:
-    if name in failures(size):
-        pytest.fail(failures(size)[name], pytrace=False)
+@pytest.mark.parametrize(("of", "name"), parameters(RUNS))
+def test_training_on_a_group(failures: Callable[[Run], dict[str, str]], of: Run, name: str) -> None:
+    if name in failures(of):
+        pytest.fail(failures(of)[name], pytrace=False)

@@ -265,14 +265,17 @@ print("loaded", len(sys.argv) - 1)
 """
 
 
-def test_a_saved_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [("timm", "torchvision"), pytest.param(tuple(FAMILIES), marks=pytest.mark.slow)], ids=["quick", "all"]
+)
+def test_a_saved_model_loads_in_a_fresh_process(names: tuple[str, ...], tmp_path: Path) -> None:
     paths = []
-    for name in FAMILIES:
+    for name in names:
         model, x = mmfast.accelerate(build(name)), images()
         paths.append(str(tmp_path / f"{name}.pt"))
         torch.save((model, x, logits(model, x).detach()), paths[-1])
     done = subprocess.run([sys.executable, "-c", LOADER, *paths], capture_output=True, text=True)
-    assert done.stdout.strip().endswith(f"loaded {len(FAMILIES)}"), done.stderr
+    assert done.stdout.strip().endswith(f"loaded {len(names)}"), done.stderr
 
 
 @each_family

@@ -27,12 +27,12 @@ def through_the_ops() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "training"),
     [
-        ("timm", False),
+        pytest.param("timm", False, marks=pytest.mark.slow),
         ("timm-layerscale-droppath", True),
         ("torchvision", True),
         ("open_clip", True),
-        ("open_clip-custom", False),
-        ("vit", False),
+        pytest.param("open_clip-custom", False, marks=pytest.mark.slow),
+        pytest.param("vit", False, marks=pytest.mark.slow),
         ("dinov2-registers", True),
     ],
 )

@@ -133,7 +133,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", ["layer_scale_map", "qk_norm_registers", "dynamic"])
+@pytest.mark.parametrize(
+    "variant", ["layer_scale_map", pytest.param("qk_norm_registers", marks=pytest.mark.slow), "dynamic"]
+)
 def test_compile_fullgraph(variant: str) -> None:
     torch.compiler.reset()
     model = build(**VARIANTS[variant], depth=1)

@@ -9,11 +9,12 @@ from torch.library import opcheck
 import mmfast
 from mmfast import ops, reference
 from mmfast.reference.add_layer_norm import cases
-from tests.grading import BACKENDS, DTYPES, check_against_reference, outputs_and_gradients
+from tests.grading import ALL_BACKENDS, CUDA, DTYPES, check_against_reference, outputs_and_gradients
 
 LABELS = [case.label for case in cases(torch.float32, torch.device("cpu"), large=False)]
 GPU_LABELS = [case.label for case in cases(torch.float32, torch.device("meta"), large=True)][len(LABELS) :]
 SCALES = ("none", "gamma", "sample", "both")
+KERNELS = (pytest.param("triton", marks=pytest.mark.triton), CUDA)
 
 
 def arguments(
@@ -26,36 +27,36 @@ def arguments(
     return (x, residual, weight, bias), {"scale": scale}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("label", [*LABELS, *(pytest.param(x, marks=pytest.mark.gpu) for x in GPU_LABELS)])
 @pytest.mark.usefixtures("poisoned")
 def test_matches_the_reference(label: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     case = next(c for c in cases(dtype, device, large=label in GPU_LABELS) if c.label == label)
-    if backend == "triton" and case.args[0].shape[-1] > 8192:
-        with mmfast.backend("triton"), pytest.raises(mmfast.BackendError, match="above 8192"):
+    if backend != "torch" and case.args[0].shape[-1] > 8192:
+        with mmfast.backend(backend), pytest.raises(mmfast.BackendError, match="above 8192"):
             ops.add_layer_norm(*case.args, **case.kwargs)
         return
     check_against_reference(ops.add_layer_norm, reference.add_layer_norm, case.args, case.kwargs, backend, dtype)
 
 
-@pytest.mark.triton
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("scaled", SCALES)
-@pytest.mark.usefixtures("poisoned")
-def test_more_blocks_than_programs(scaled: str, device: torch.device) -> None:
+@pytest.mark.usefixtures("poisoned", "wide_sums")
+def test_more_blocks_than_programs(scaled: str, backend: str, device: torch.device) -> None:
     """Every program of the persistent grid takes several blocks of rows, and blocks straddle samples."""
     args, kwargs = arguments((7, 5, 900), scaled, device)
-    check_against_reference(ops.add_layer_norm, reference.add_layer_norm, args, kwargs, "triton", torch.float32)
+    check_against_reference(ops.add_layer_norm, reference.add_layer_norm, args, kwargs, backend, torch.float32)
 
 
-@pytest.mark.triton
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("scaled", SCALES)
 @pytest.mark.parametrize("width", [4100, 8192])
-@pytest.mark.usefixtures("poisoned")
-def test_widest_rows(width: int, scaled: str, device: torch.device) -> None:
-    """Above 4096 columns the backward of a scale is a step of its own."""
+@pytest.mark.usefixtures("poisoned", "wide_sums")
+def test_widest_rows(width: int, scaled: str, backend: str, device: torch.device) -> None:
+    """Above 4096 columns Triton's backward of a scale is a step of its own."""
     args, kwargs = arguments((2, 2, width), scaled, device)
-    check_against_reference(ops.add_layer_norm, reference.add_layer_norm, args, kwargs, "triton", torch.float32)
+    check_against_reference(ops.add_layer_norm, reference.add_layer_norm, args, kwargs, backend, torch.float32)
 
 
 def test_above_the_widest_row_the_norm_is_still_fused() -> None:
@@ -65,7 +66,7 @@ def test_above_the_widest_row_the_norm_is_still_fused() -> None:
     assert "above 8192" in why[0].reason
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("layout", ["without class token", "class token", "transposed", "every second"])
 @pytest.mark.usefixtures("poisoned")
 def test_any_strides(layout: str, backend: str, device: torch.device) -> None:
@@ -81,7 +82,7 @@ def test_any_strides(layout: str, backend: str, device: torch.device) -> None:
     check_against_reference(ops.add_layer_norm, reference.add_layer_norm, args, kwargs, backend, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("used", ["y", "s"])
 @pytest.mark.parametrize("scaled", SCALES)
 @pytest.mark.usefixtures("poisoned")
@@ -104,7 +105,7 @@ def test_one_output_used(used: str, scaled: str, backend: str, device: torch.dev
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("scaled", SCALES)
 @pytest.mark.parametrize("asked", range(6))
 @pytest.mark.usefixtures("poisoned")
@@ -126,7 +127,7 @@ def test_only_the_gradient_asked_for(asked: int, scaled: str, backend: str, devi
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.usefixtures("poisoned")
 def test_wider_residual_stream(backend: str, device: torch.device) -> None:
     """A 16-bit branch onto a float32 stream, as under autocast: y and s are float32, each gradient its input's."""
@@ -142,7 +143,7 @@ def test_wider_residual_stream(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(plain[2].float(), plain[3], rtol=1e-3, atol=1e-3)  # no scale: the same gradient
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 1, 1)], ids=str)
 def test_shapes_of_a_per_sample_scale(shape: tuple[int, ...], backend: str, device: torch.device) -> None:
     x, residual = torch.randn(2, 3, 2, 5, device=device)
@@ -154,7 +155,7 @@ def test_shapes_of_a_per_sample_scale(shape: tuple[int, ...], backend: str, devi
     torch.testing.assert_close(both, s)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_square_batch_takes_a_vector_for_channels(backend: str, device: torch.device) -> None:
     x, residual = torch.randn(2, 4, 4, device=device)
     factor = torch.randn(4, device=device)
@@ -164,7 +165,7 @@ def test_square_batch_takes_a_vector_for_channels(backend: str, device: torch.de
     torch.testing.assert_close(by_row, residual + x * factor[:, None])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("scaled", SCALES)
 def test_differentiable_twice(scaled: str, backend: str, device: torch.device) -> None:
     args, kwargs = arguments((3, 2, 6), scaled, device)
@@ -193,7 +194,7 @@ def test_formulas_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *t: torch.ops.mmfast.add_layer_norm(*t, 1e-5, None, None), plain)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_equals_the_block_it_replaces(backend: str, device: torch.device) -> None:
     """timm's `x + drop_path(ls(branch))` and `norm`, step by step."""
     args, kwargs = arguments((4, 3, 16), "both", device)
@@ -205,15 +206,15 @@ def test_equals_the_block_it_replaces(backend: str, device: torch.device) -> Non
     torch.testing.assert_close(found, (torch.nn.functional.layer_norm(s, (16,), weight, bias), s))
 
 
-@pytest.mark.triton
-def test_same_bits_twice(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_same_bits_twice(backend: str, device: torch.device) -> None:
     args, kwargs = arguments((9, 5, 33), "both", device)
-    with mmfast.backend("triton"):
+    with mmfast.backend(backend):
         first, second = (outputs_and_gradients(ops.add_layer_norm, args, kwargs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_empty(backend: str, device: torch.device) -> None:
     x = torch.empty(0, 3, 8, device=device, requires_grad=True)
     weight = torch.ones(8, device=device, requires_grad=True)
@@ -245,7 +246,7 @@ def op_arguments(device: torch.device) -> list[tuple[str, tuple]]:
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("index", range(5))
 def test_opcheck(index: int, backend: str, device: torch.device) -> None:
     name, args = op_arguments(device)[index]
@@ -253,7 +254,7 @@ def test_opcheck(index: int, backend: str, device: torch.device) -> None:
         opcheck(getattr(torch.ops.mmfast, name).default, args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(compiler: str, backend: str, device: torch.device) -> None:
     compiled = torch.compile(ops.add_layer_norm, fullgraph=True, backend=compiler)
@@ -295,10 +296,11 @@ def test_bad_input(what: str) -> None:
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_31_bits(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_offsets_beyond_31_bits(backend: str, device: torch.device) -> None:
     x = torch.randn(8, 1, 1024, device=device, dtype=torch.bfloat16).repeat(2**18 + 1, 1, 1)
     gamma = torch.randn(1024, device=device, dtype=torch.bfloat16)
-    with mmfast.backend("triton"):
+    with mmfast.backend(backend):
         y, s = ops.add_layer_norm(x, x, scale=gamma)
     for start in (0, 2**21, len(x) - 8):
         wanted = reference.add_layer_norm(x[:8].double(), x[:8].double(), scale=gamma.double())

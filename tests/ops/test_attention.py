@@ -12,9 +12,10 @@ from torch import Tensor
 
 import mmfast
 from mmfast import backends, ops, reference
-from tests.grading import DTYPES, check_against_reference
+from tests.grading import CUDA, DTYPES, check_against_reference
 
 triton_only = pytest.mark.triton
+KERNELS = (pytest.param("triton", marks=triton_only), CUDA)
 
 
 def draw(
@@ -277,7 +278,7 @@ def test_other_ranks(device: torch.device, options: dict[str, Any]) -> None:
     check((q, k, v), torch.float32, **options)
 
 
-@triton_only
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -285,15 +286,15 @@ def test_other_ranks(device: torch.device, options: dict[str, Any]) -> None:
         ({"attn_mask": torch.zeros(9, 9, requires_grad=True)}, "gradient of attn_mask"),
     ],
 )
-def test_a_forced_kernel_refuses(device: torch.device, options: dict[str, Any], reason: str) -> None:
+def test_a_forced_kernel_refuses(device: torch.device, options: dict[str, Any], reason: str, backend: str) -> None:
     q, k, v = draw(device, torch.float32, (1, 2, 9, 16))
     options = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in options.items()}
-    with mmfast.backend("triton"), pytest.raises(mmfast.BackendError, match=reason):
+    with mmfast.backend(backend), pytest.raises(mmfast.BackendError, match=reason):
         ops.attention(q, k, v, **options)
-    with mmfast.backend("triton"), pytest.raises(mmfast.BackendError, match="width 8"):
+    with mmfast.backend(backend), pytest.raises(mmfast.BackendError, match="width 8"):
         ops.attention(q, k, v[..., :8])
     wide = torch.randn(1, 1, 3, 320, device=device)
-    with mmfast.backend("triton"), pytest.raises(mmfast.BackendError, match="above 256"):
+    with mmfast.backend(backend), pytest.raises(mmfast.BackendError, match="above 256"):
         ops.attention(wide, wide, wide)
 
 
@@ -391,7 +392,7 @@ def test_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "TRITON_MISSING", None)
 
     def reason(dtype: torch.dtype, n_q: int, n_k: int, refusal: str | None = None) -> str | None:
-        return backends.TABLE["attention"][0][1](backends.Facts(gpu, dtype, 64, n_q, n_k, refusal))
+        return dict(backends.TABLE["attention"])["triton"](backends.Facts(gpu, dtype, 64, n_q, n_k, refusal))
 
     with mmfast.backend(None):
         assert reason(torch.bfloat16, 197, 197) is None

@@ -11,7 +11,7 @@ from mmfast import ops, reference
 from mmfast.noise_schedule import NoiseSchedule
 from mmfast.ops.ddim_step import coefficients as float64_factors
 from mmfast.reference.ddim_step import cases
-from tests.grading import BACKENDS, DTYPES, check_against_reference
+from tests.grading import ALL_BACKENDS, CUDA, DTYPES, check_against_reference
 
 LABELS = [case.label for case in cases(torch.float32, torch.device("cpu"), large=False)]
 GPU_LABELS = [case.label for case in cases(torch.float32, torch.device("meta"), large=True)][len(LABELS) :]
@@ -22,7 +22,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("label", [*LABELS, *(pytest.param(x, marks=pytest.mark.gpu) for x in GPU_LABELS)])
 @pytest.mark.usefixtures("poisoned")
@@ -31,7 +31,7 @@ def test_matches_the_reference(label: str, dtype: torch.dtype, backend: str, dev
     check_against_reference(ops.ddim_step, reference.ddim_step, case.args, case.kwargs, backend, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("clip", [None, 0.6], ids=["no clip", "clip"])
 @pytest.mark.parametrize("again", [False, True], ids=["as predicted", "from the clipped x0"])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
@@ -53,12 +53,13 @@ def test_every_option(
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("stride", [1, 20])
 @pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("backend", [None, CUDA])
 def test_coefficients_at_every_timestep(
-    name: str, stride: int, prediction: str, eta: float, device: torch.device
+    backend: str | None, name: str, stride: int, prediction: str, eta: float, device: torch.device
 ) -> None:
     """Of each of 1000 samples, three elements hold x = 1, m = 1 and noise = 1: the step gives its coefficients."""
     schedule = NoiseSchedule(name, prediction_type=prediction, clip_sample=False, **SCHEDULES[name]).to(device)
-    with mmfast.backend(None if device.type == "cuda" else "torch"):
+    with mmfast.backend(backend or (None if device.type == "cuda" else "torch")):
         found, wanted = coefficients(ops.ddim_step, reference.ddim_step, schedule, stride, eta=eta)
     assert_close_in_relation(found, wanted, 1e-6)
 
@@ -106,7 +107,7 @@ def test_the_kernels_coefficients_at_every_timestep(
             assert_close_in_relation(found[key], wanted[key], 1e-6, key)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_close_timesteps_in_16_bits_are_not_the_same(backend: str, device: torch.device) -> None:
     """A schedule in float16 says that nothing happens between early timesteps; this one is right to one rounding."""
     schedule = NoiseSchedule(clip_sample=False).to(device)
@@ -119,7 +120,7 @@ def test_close_timesteps_in_16_bits_are_not_the_same(backend: str, device: torch
     torch.testing.assert_close(found.double(), wanted, rtol=2**-11, atol=2**-24)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_eta_of_one_is_ddpm(backend: str, device: torch.device) -> None:
     """With all the noise that fits, DDIM is ancestral sampling, over any stride: the same noise and the same mean."""
     schedule = NoiseSchedule(clip_sample=False).to(device)
@@ -132,7 +133,7 @@ def test_eta_of_one_is_ddpm(backend: str, device: torch.device) -> None:
             torch.testing.assert_close(ddim, ddpm, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_inversion_goes_back(backend: str, device: torch.device) -> None:
     """A step to a later timestep is the inverse of the step to the earlier one, for the same noise prediction."""
     schedule = NoiseSchedule(clip_sample=False).to(device)
@@ -144,7 +145,7 @@ def test_inversion_goes_back(backend: str, device: torch.device) -> None:
         assert not torch.allclose(there, x, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_perfect_model_lands_on_the_sample(backend: str, device: torch.device) -> None:
     """Who predicts the noise that was added is at x_0 after any number of steps, and says so at each."""
     schedule = NoiseSchedule(clip_sample=False).to(device)

@@ -11,14 +11,14 @@ from mmfast import ops, reference
 from mmfast.noise_schedule import NoiseSchedule
 from mmfast.ops.ddpm_step import coefficients as float64_factors
 from mmfast.reference.ddpm_step import cases
-from tests.grading import BACKENDS, DTYPES, check_against_reference
+from tests.grading import ALL_BACKENDS, CUDA, DTYPES, check_against_reference
 from tests.ops.test_ddim_step import SCHEDULES, assert_close_in_relation, coefficients, timesteps
 
 LABELS = [case.label for case in cases(torch.float32, torch.device("cpu"), large=False)]
 GPU_LABELS = [case.label for case in cases(torch.float32, torch.device("meta"), large=True)][len(LABELS) :]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("label", [*LABELS, *(pytest.param(x, marks=pytest.mark.gpu) for x in GPU_LABELS)])
 @pytest.mark.usefixtures("poisoned")
@@ -30,7 +30,7 @@ def test_matches_the_reference(label: str, dtype: torch.dtype, backend: str, dev
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("clip", [None, 0.6], ids=["no clip", "clip"])
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -52,12 +52,13 @@ def test_every_option(prediction: str, variance: str, clip: float | None, backen
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("stride", [1, 20])
 @pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("backend", [None, CUDA])
 def test_coefficients_at_every_timestep(
-    name: str, stride: int, prediction: str, variance: str, device: torch.device
+    backend: str | None, name: str, stride: int, prediction: str, variance: str, device: torch.device
 ) -> None:
     """As of `ddim_step`: the factors of x, of the model's output and of the noise at all 1000 timesteps."""
     schedule = NoiseSchedule(name, prediction_type=prediction, clip_sample=False, **SCHEDULES[name]).to(device)
-    with mmfast.backend(None if device.type == "cuda" else "torch"):
+    with mmfast.backend(backend or (None if device.type == "cuda" else "torch")):
         found, wanted = coefficients(ops.ddpm_step, reference.ddpm_step, schedule, stride, variance_type=variance)
     assert_close_in_relation(found, wanted, 1e-6)
 
@@ -84,7 +85,7 @@ def test_the_kernels_coefficients_at_every_timestep(
         torch.testing.assert_close(found["spread"][1:].double(), wanted["spread"][1:], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 @pytest.mark.usefixtures("poisoned")
@@ -111,7 +112,7 @@ def test_learned_variance_with_guidance(
     torch.testing.assert_close(grad.double(), torch.autograd.grad(wanted.square().sum(), leaf)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_learned_range_ends_at_the_fixed_variances(backend: str, device: torch.device) -> None:
     schedule = NoiseSchedule(clip_sample=False).to(device)
     x, m = torch.randn(2, 3, 2, 4, device=device)
@@ -124,7 +125,7 @@ def test_learned_range_ends_at_the_fixed_variances(backend: str, device: torch.d
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_a_learned_variance_at_timestep_0_is_not_used(variance: str, backend: str, device: torch.device) -> None:
     """Where alpha-bar before timestep 0 is alpha-bar at 0, beta is 0 and its logarithm infinite; v may be anything."""
@@ -139,7 +140,7 @@ def test_a_learned_variance_at_timestep_0_is_not_used(variance: str, backend: st
             assert torch.autograd.grad(x_prev[0].sum(), output)[0][0].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_the_step_from_timestep_0_adds_nothing(backend: str, device: torch.device) -> None:
     schedule = NoiseSchedule().to(device)
     x, m = torch.randn(2, 2, 3, 4, device=device)

@@ -12,13 +12,13 @@ from torch.library import opcheck
 import mmfast
 from mmfast import ops, reference
 from mmfast.reference.noise_like import cases
-from tests.grading import BACKENDS, DTYPES, check_against_reference
+from tests.grading import ALL_BACKENDS, DTYPES, check_against_reference
 
 LABELS = [case.label for case in cases(torch.float32, torch.device("cpu"), large=False)]
 GPU_LABELS = [case.label for case in cases(torch.float32, torch.device("cpu"), large=True)][len(LABELS) :]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("label", [*LABELS, *(pytest.param(x, marks=pytest.mark.gpu) for x in GPU_LABELS)])
 @pytest.mark.usefixtures("poisoned")
@@ -43,7 +43,7 @@ def samples(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
     return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=formats[last])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.usefixtures("poisoned")
 def test_layout_is_kept_and_changes_no_number(name: str, backend: str, device: torch.device) -> None:
@@ -77,7 +77,7 @@ def test_every_layout_has_a_case(device: torch.device) -> None:
     assert sorted(SamplePlan.of(samples(name, device)).layout for name in SHAPES) == [-1, 0, 1, 2, 2, 3]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_seeds(backend: str, device: torch.device) -> None:
     """All 64 bits count; a negative seed is the unsigned one; sample 0 of a seed is the sample with that seed."""
     x = torch.empty(3, 10, device=device)
@@ -96,7 +96,7 @@ def test_seeds(backend: str, device: torch.device) -> None:
     assert not torch.isclose(found[0], found[1], atol=1e-3).any()
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, *ALL_BACKENDS])
 def test_without_a_seed_noise_is_new_and_follows_manual_seed(backend: str | None, device: torch.device) -> None:
     x = torch.empty(2, 64, device=device)
     with mmfast.backend(backend):
@@ -108,7 +108,7 @@ def test_without_a_seed_noise_is_new_and_follows_manual_seed(backend: str | None
         assert torch.equal(second, ops.noise_like(x, offset_noise=0.1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0), (3, 2, 0)], ids=str)
 def test_empty(shape: tuple[int, ...], backend: str, device: torch.device) -> None:
     with mmfast.backend(backend):

@@ -11,15 +11,16 @@ from torch.library import opcheck
 
 import mmfast
 from mmfast import NoiseSchedule, ops, reference
+from mmfast.ops._launchers import launchers
 from mmfast.reference.q_sample import cases
-from tests.grading import BACKENDS, DTYPES, check_against_reference
+from tests.grading import ALL_BACKENDS, DTYPES, check_against_reference
 
 LABELS = [case.label for case in cases(torch.float32, torch.device("cpu"), large=False)]
 GPU_LABELS = [case.label for case in cases(torch.float32, torch.device("cpu"), large=True)][len(LABELS) :]
 TARGETS = (None, "epsilon", "v_prediction", "sample")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("label", [*LABELS, *(pytest.param(x, marks=pytest.mark.gpu) for x in GPU_LABELS)])
 @pytest.mark.usefixtures("poisoned")
@@ -33,7 +34,7 @@ def draw(device: torch.device, batch: int = 3, dtype: torch.dtype = torch.float3
     return x0, torch.tensor([0, 999, 300][:batch], device=device), NoiseSchedule().to(device)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("origin", ["seed", "seeds", "noise"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.usefixtures("poisoned")
@@ -50,7 +51,7 @@ def test_every_target_and_origin_of_the_noise(
     check_against_reference(ops.q_sample, reference.q_sample, (x0, t, schedule), kwargs, backend, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sigma_is_right_at_every_timestep(
@@ -70,7 +71,7 @@ def test_sigma_is_right_at_every_timestep(
     assert ((signal - exact.sqrt()).abs() <= eps * exact.sqrt() + 6e-8).all()  # float16 ends at 6e-8
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.usefixtures("poisoned")
 def test_noise_is_that_of_noise_like(backend: str, device: torch.device) -> None:
     x0, t, schedule = draw(device)
@@ -79,7 +80,7 @@ def test_noise_is_that_of_noise_like(backend: str, device: torch.device) -> None
         torch.testing.assert_close(epsilon, ops.noise_like(x0, 3, offset_noise=0.3), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.usefixtures("poisoned")
 def test_layout_is_kept(last: bool, backend: str, device: torch.device) -> None:
@@ -95,7 +96,7 @@ def test_layout_is_kept(last: bool, backend: str, device: torch.device) -> None:
             torch.testing.assert_close(value, plain, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, *ALL_BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
 def test_timesteps_of_any_kind(dtype: torch.dtype, backend: str | None, device: torch.device) -> None:
     x0, _, schedule = draw(device)
@@ -110,17 +111,16 @@ def test_timesteps_of_any_kind(dtype: torch.dtype, backend: str | None, device: 
             assert torch.equal(ops.q_sample(x0, t, schedule, seed=1), wanted)
 
 
-@pytest.mark.triton
+@pytest.mark.parametrize("backend", ALL_BACKENDS[1:])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_out_of_range_is_nan_in_a_kernel(layout: torch.memory_format, device: torch.device) -> None:
+def test_out_of_range_is_nan_in_a_kernel(layout: torch.memory_format, backend: str, device: torch.device) -> None:
     """On a GPU nobody can look at the timesteps without waiting: these samples become NaN, the others are right."""
-    from mmfast.kernels.q_sample import q_sample_backward, q_sample_forward
-
+    kernels = launchers(backend, "q_sample")
     x0 = torch.randn(5, 3, 4, 4, device=device).contiguous(memory_format=layout)
     schedule = NoiseSchedule().to(device)
     t = torch.tensor([-1, 5, 1000, 1 << 40, -(1 << 40)], device=device)
-    y, v = q_sample_forward(x0, t, schedule.alpha_table, None, None, 1, target="v_prediction")
-    dx, _ = q_sample_backward(x0, None, t, schedule.alpha_table)
+    y, v = kernels.q_sample_forward(x0, t, schedule.alpha_table, None, None, 1, target="v_prediction")
+    dx, _ = kernels.q_sample_backward(x0, None, t, schedule.alpha_table)
     for value in (y, v, dx):
         assert value is not None
         assert value[[0, 2, 3, 4]].isnan().all()
@@ -134,7 +134,7 @@ def test_out_of_range_is_nan_where_pytorch_serves() -> None:
     assert y.isnan().all(1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, *ALL_BACKENDS])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.usefixtures("poisoned")
 def test_gradients(target: str | None, backend: str | None, device: torch.device) -> None:
@@ -156,13 +156,13 @@ def test_gradients(target: str | None, backend: str | None, device: torch.device
             torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.usefixtures("poisoned")
 def test_saves_no_samples(backend: str, device: torch.device) -> None:
     """The op is linear: its backward needs the timesteps alone."""
     x0, t, schedule = draw(device)
     saved: list[Tensor] = []
-    with mmfast.backend("triton" if backend == "triton" else None):
+    with mmfast.backend(None if backend == "torch" else backend):
         if backend == "torch":
             y, _ = torch.ops.mmfast.q_sample(x0.requires_grad_(), t, schedule.alpha_table, None, None, 1, None, 0.0)
         else:
@@ -187,8 +187,8 @@ def test_gradcheck(backend: str | None) -> None:
         assert torch.autograd.gradgradcheck(fn, inputs)
 
 
-@pytest.mark.triton
-def test_differentiable_twice(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ALL_BACKENDS[1:])
+def test_differentiable_twice(backend: str, device: torch.device) -> None:
     x0, t, schedule = draw(device)
     x0.requires_grad_()
 
@@ -196,7 +196,7 @@ def test_differentiable_twice(device: torch.device) -> None:
         (grad,) = torch.autograd.grad(fn(x0, t, schedule, seed=2).square().sum(), x0, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), x0)[0]
 
-    with mmfast.backend("triton"):
+    with mmfast.backend(backend):
         found = penalty(ops.q_sample)
     torch.testing.assert_close(found, penalty(reference.q_sample), rtol=1e-5, atol=1e-5)
 
@@ -240,7 +240,7 @@ def test_transforms() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
     x0, t, schedule = draw(device)
     with mmfast.backend(backend):
@@ -258,7 +258,7 @@ def test_without_a_seed_on_a_cpu_it_is_diffusers_noise() -> None:
     torch.testing.assert_close(found, ops.q_sample(x0, t, schedule, noise=torch.randn_like(x0)))
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, *ALL_BACKENDS])
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0)], ids=str)
 def test_empty(shape: tuple[int, ...], backend: str | None, device: torch.device) -> None:
     schedule = NoiseSchedule().to(device)
@@ -269,7 +269,7 @@ def test_empty(shape: tuple[int, ...], backend: str | None, device: torch.device
     assert y.shape == v.shape == grad.shape == shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_nan_and_infinity_stay_where_they_are(backend: str, device: torch.device) -> None:
     x0, t, schedule = draw(device)
     x0[1, 2, 3, 4], x0[0, 0, 0, 0] = float("nan"), float("inf")

@@ -14,7 +14,7 @@ import mmfast
 from mmfast import ops, reference
 from mmfast.noise_schedule import NoiseSchedule
 from mmfast.reference.q_step import cases
-from tests.grading import BACKENDS, DTYPES, check_against_reference, outputs_and_gradients
+from tests.grading import ALL_BACKENDS, BACKENDS, DTYPES, check_against_reference, outputs_and_gradients
 
 LABELS = [case.label for case in cases(torch.float32, torch.device("cpu"), large=False)]
 GPU_LABELS = [case.label for case in cases(torch.float32, torch.device("meta"), large=True)][len(LABELS) :]
@@ -30,7 +30,7 @@ def schedule(device: torch.device) -> NoiseSchedule:
     return NoiseSchedule().to(device)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("label", [*LABELS, *(pytest.param(x, marks=pytest.mark.gpu) for x in GPU_LABELS)])
 @pytest.mark.usefixtures("poisoned")
@@ -46,7 +46,7 @@ def exact_betas(name: str) -> Tensor:
     return torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("name", ["linear", "scaled_linear"])
 def test_scale_and_sigma_at_every_timestep(name: str, backend: str, device: torch.device) -> None:
     """sqrt(1 - beta) and sqrt(beta) of the betas that the schedule is made from, to float32 rounding at every t."""
@@ -88,7 +88,7 @@ def test_tables_written_to_or_copied_are_seen(device: torch.device) -> None:
     torch.testing.assert_close(scale(fresh), wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_lecture_first_step(backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
     """beta_1 = 1e-4: the image is scaled by sqrt(1 - 1e-4), and the noise has a sigma of 0.01."""
     x = torch.full((1, 3, 4, 4), 2.0, device=device)
@@ -115,7 +115,7 @@ def test_a_chain_of_steps_is_one_jump(device: torch.device) -> None:
             assert abs(float(correlation)) < 0.04  # the jump's noise is another
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_each_timestep_has_noise_of_its_own(backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
     zeros = torch.zeros(3, 400, device=device)
     seeds = torch.tensor([7, 7, 8], device=device)
@@ -131,7 +131,7 @@ def test_each_timestep_has_noise_of_its_own(backend: str, schedule: NoiseSchedul
         assert abs(float(torch.corrcoef(torch.stack((x, y)))[0, 1])) < 0.2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("poisoned")
 def test_noise_does_not_depend_on_layout_or_batch(
@@ -148,7 +148,7 @@ def test_noise_does_not_depend_on_layout_or_batch(
     torch.testing.assert_close(y[1:2], alone, rtol=0, atol=1e-6 if layout == torch.channels_last else 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_without_a_seed_noise_is_new_each_time(backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
     x = torch.zeros(4, 500, device=device)
     with mmfast.backend(backend):
@@ -163,7 +163,7 @@ def test_without_a_seed_noise_is_new_each_time(backend: str, schedule: NoiseSche
         assert abs(float(y.mean())) < 0.02
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("wanted", ["x", "noise", "both"])
 @pytest.mark.usefixtures("poisoned")
@@ -188,7 +188,7 @@ def test_gradients(
         torch.testing.assert_close(plain.double(), scale.expand(SHAPE), rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.usefixtures("poisoned")
 def test_any_strides(backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
     base = torch.randn(4, 8, 7, 6, device=device, requires_grad=True)
@@ -203,7 +203,7 @@ def test_any_strides(backend: str, schedule: NoiseSchedule, device: torch.device
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [0, 3, 999])
 def test_one_rounding(t: int, dtype: torch.dtype, backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
@@ -218,7 +218,7 @@ def test_one_rounding(t: int, dtype: torch.dtype, backend: str, schedule: NoiseS
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (0,)], ids=str)
 def test_empty(shape: tuple[int, ...], backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
     x = torch.empty(shape, device=device, requires_grad=True)
@@ -229,7 +229,7 @@ def test_empty(shape: tuple[int, ...], backend: str, schedule: NoiseSchedule, de
             assert y.shape == found.shape == shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.usefixtures("poisoned")
 def test_nan_stays_where_it_is(backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
     x = torch.randn(SHAPE, device=device)
@@ -239,7 +239,7 @@ def test_nan_stays_where_it_is(backend: str, schedule: NoiseSchedule, device: to
     assert torch.equal(y.isnan(), x.isnan())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.usefixtures("poisoned")
 def test_timesteps_out_of_range_give_nan(backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
     """Where they cannot be looked at, as on a GPU, and below the public function's checks on a CPU."""
@@ -253,7 +253,7 @@ def test_timesteps_out_of_range_give_nan(backend: str, schedule: NoiseSchedule, 
         assert value[[1, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("integers", [torch.uint8, torch.int32], ids=str)
 def test_any_integer_timesteps(
     integers: torch.dtype, backend: str, schedule: NoiseSchedule, device: torch.device
@@ -270,7 +270,7 @@ def test_any_integer_timesteps(
     assert torch.equal(strided, y)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_differentiable_twice(backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
     inputs = tuple(torch.randn(2, 3, 5, device=device, requires_grad=True) for _ in range(2))
 
@@ -357,7 +357,7 @@ def test_torch_func_transforms_take_pytorchs_ops(schedule: NoiseSchedule, device
     torch.testing.assert_close(tangent, x * scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_autocast_keeps_the_dtype(backend: str, schedule: NoiseSchedule, device: torch.device) -> None:
     half = torch.float16 if device.type == "cpu" else torch.bfloat16
     x = torch.randn(4, 16, device=device)
