@@ -78,7 +78,7 @@ if MODE == "none":
 setup(
     packages=packages(),
     package_dir=SOURCES,
-    package_data={"mmfast": ["py.typed"], "mmfast.benchmarks": ["results/*.csv"]},
+    package_data={"mmfast": ["py.typed"], "mmfast.benchmarks": ["*.csv", "results/*.csv"]},
     ext_modules=[] if MODE == "none" else [Extension("mmfast._cuda", ["csrc/bindings.cpp"])],
     cmdclass={"build_ext": NinjaBuild, "sdist": CompleteSdist},
 )

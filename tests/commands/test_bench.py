@@ -321,3 +321,11 @@ def test_predictions_follow_from_the_work(tmp_path: Path, capsys: pytest.Capture
     bound = {r["shape"]: r["bound_by"] for r in rows if (r["op"], r["mode"]) == ("attention", "forward")}
     assert bound["256x12x197x64"] == bound["256x16x257x64"] == "memory"
     assert bound["64x16x577x64"] == "tensor cores"
+
+
+def test_the_committed_prediction_is_the_models() -> None:
+    from mmfast.benchmarks import _predicted
+
+    with (bench.folder() / "predicted-h200.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows == [list(_predicted.Prediction._fields), *([str(v) for v in row] for row in _predicted.predictions())]
