@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(N == 8 ? 384 : 512, 1) add_layer_norm_backward
 
 // Returns how many blocks ran, which is how many rows of the tables of partial sums were written.
 template <class T, int N, int V>
-int run_backward(BackwardArgs& a, const Plan& plan, int programs, cudaStream_t stream) {
+int run_backward(BackwardArgs& a, const Plan& plan, int programs, int device, cudaStream_t stream) {
     constexpr int R = 1;
     const int threads = int(plan.block.x * plan.block.y);
     const int64_t steps = ceil_div(a.rows, int64_t(R) * plan.block.y);
@@ -272,7 +272,7 @@ int run_backward(BackwardArgs& a, const Plan& plan, int programs, cudaStream_t s
     a.ds_slot = a.ds ? a.slots++ : 0;
     a.x_slot = a.x && a.x_code == CODE<T> ? a.slots++ : 0;  // what is copied is 16 bytes
     if (2 * a.slots * a_slot > EVERYWHERE) {
-        const size_t limit = shared_limit();
+        const size_t limit = dynamic_limit(device);
         if (2 * a.slots * a_slot > limit) a.stages = 1;
         if (a.slots * a_slot > limit) {
             a.ds_slot = a.x_slot = 0;
@@ -330,7 +330,7 @@ void add_layer_norm_backward(
         const Plan plan = plan_rows(width, N, N == 1 ? SINGLES : 4, 192);
         a.pieces = plan.pieces;
         const auto run = [&](auto v) {
-            blocks = run_backward<decltype(zero), N, decltype(v)::value>(a, plan, programs, as_stream(stream));
+            blocks = run_backward<decltype(zero), N, decltype(v)::value>(a, plan, programs, device, as_stream(stream));
         };
         with_held<N == 1 ? SINGLES : 4>(plan.held, run);  // narrow rows too: of up to four tensors, one is enough
     });

@@ -23,11 +23,11 @@ std::tuple<int, int, int, int, int64_t> attention_forward_plan(int64_t batch, in
                                                                int64_t n_q, int64_t n_k, int64_t head_dim,
                                                                int processors, int64_t limit);
 
-// Bytes of shared memory that a block may have on a device; those of an H100 in the emulation.
-int64_t shared_limit(int device);
+// host.h's shared_limit, for the plans that are made in Python.
+int64_t attention_shared_limit(int device);
 
-// How attention_backward runs: (bands of 16 keys that a block holds at once, of those that it has in all, blocks that share
-// a head's keys, blocks that share its queries).
+// How attention_backward runs: (bands of 16 keys that a block holds at once, of those that it has in all, blocks that
+// share a head's keys, blocks that share its queries).
 using BackwardPlan = std::array<int, 4>;
 
 // The rule. heads_kv is batch * kv_heads, group heads / kv_heads; `limit` is the shared memory that a block may have.

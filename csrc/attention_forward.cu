@@ -2,8 +2,6 @@
 #include "attention_forward.cuh"
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cfloat>
 #include <climits>
 #include <cmath>
@@ -85,21 +83,7 @@ static void run_width(int64_t head_dim, const Forward<T>& p, const Plan& plan, c
 
 }  // namespace attention
 
-int64_t shared_limit(int device) {
-#if defined(__CUDACC__)
-    static std::array<std::atomic<int>, 64> known = {};  // asked once a device: a launch is to cost no more than itself
-    int bytes = device < 64 ? known[device].load() : 0;
-    if (bytes == 0) {
-        const cudaDeviceAttr asked = cudaDevAttrMaxSharedMemoryPerBlockOptin;
-        check(cudaDeviceGetAttribute(&bytes, asked, device), "cudaDeviceGetAttribute");
-        if (device < 64) known[device] = bytes;
-    }
-    return bytes;
-#else
-    (void)device;
-    return 227 << 10;
-#endif
-}
+int64_t attention_shared_limit(int device) { return shared_limit(device); }
 
 std::tuple<int, int, int, int, int64_t> attention_forward_plan(int64_t batch, int64_t heads, int64_t kv_heads,
                                                                int64_t n_q, int64_t n_k, int64_t head_dim,

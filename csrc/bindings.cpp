@@ -31,7 +31,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("attention_backward_plan", &attention_backward_plan);
     m.def("attention_forward", &attention_forward);
     m.def("attention_forward_plan", &attention_forward_plan);
-    m.def("shared_limit", &shared_limit);
+    m.def("shared_limit", &attention_shared_limit);
     m.def("add_layer_norm_forward", &add_layer_norm_forward);
     m.def("add_layer_norm_backward", &add_layer_norm_backward);
     m.def("layer_norm_forward", &layer_norm_forward);

@@ -1,7 +1,10 @@
 // The host side of every op: arguments as Python gives them, checks, and the device that a launch goes to.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <sstream>
 #include <stdexcept>
 
@@ -38,6 +41,23 @@ void with_dtype(const char* op, int dtype, Body body) {
     } else {
         require(false, op, ": dtype must be 0 (float32), 1 (float16) or 2 (bfloat16), got ", dtype);
     }
+}
+
+// Bytes of shared memory that a block may have on a device; those of an H100 in the emulation.
+inline int64_t shared_limit([[maybe_unused]] int device) {
+#if defined(__CUDACC__)
+    static std::array<std::atomic<int>, 64> known = {};  // asked once a device: a launch is to cost no more than itself
+    int bytes = device < 64 ? known[device].load() : 0;
+    if (bytes == 0) {
+        const cudaDeviceAttr asked = cudaDevAttrMaxSharedMemoryPerBlockOptin;
+        check(cudaDeviceGetAttribute(&bytes, asked, device), "cudaDeviceGetAttribute");
+        if (device < 64) known[device] = bytes;
+    }
+    return bytes;
+#else
+    const char* const asked = std::getenv("MMFAST_EMULATED_SHARED");  // a test of smaller devices
+    return asked ? std::atoll(asked) : 227 << 10;
+#endif
 }
 
 // Makes `device` current while it lives, as PyTorch expects to find it afterwards what it was. -1: leave it alone.

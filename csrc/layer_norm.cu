@@ -310,7 +310,7 @@ void run_forward(const ForwardArgs& a, const Plan& plan, cudaStream_t stream) {
 
 // Returns how many blocks ran, which is how many rows of the tables of partial sums were written.
 template <class T, int N, int V>
-int run_backward(BackwardArgs& a, const Plan& plan, int programs, cudaStream_t stream) {
+int run_backward(BackwardArgs& a, const Plan& plan, int programs, int device, cudaStream_t stream) {
     constexpr int R = N > 1 && V < 4 ? 4 / V : 1;
     const int threads = int(plan.block.x * plan.block.y);
     const int64_t steps = ceil_div(a.rows, int64_t(R) * plan.block.y);
@@ -320,7 +320,7 @@ int run_backward(BackwardArgs& a, const Plan& plan, int programs, cudaStream_t s
     const size_t at_end = size_t(V * N) * sizeof(float) * threads;
     a.held = plan.held;
     a.steps = int(ceil_div(steps, blocks));
-    a.stages = 2 * a_stage <= EVERYWHERE || 2 * a_stage <= shared_limit() ? 2 : 1;
+    a.stages = 2 * a_stage <= EVERYWHERE || 2 * a_stage <= dynamic_limit(device) ? 2 : 1;
     const size_t bytes = a.stages * a_stage < at_end ? at_end : a.stages * a_stage;
     launch(layer_norm_backward_kernel<T, N, V, R>, Grid(blocks), plan.block, bytes, stream, a);
     return blocks;
@@ -381,7 +381,7 @@ void layer_norm_backward(
         const Plan plan = plan_rows(width, N, N == 1 ? SINGLES : 4, 192);
         a.pieces = plan.pieces;
         const auto run = [&](auto v) {
-            blocks = run_backward<decltype(zero), N, decltype(v)::value>(a, plan, programs, as_stream(stream));
+            blocks = run_backward<decltype(zero), N, decltype(v)::value>(a, plan, programs, device, as_stream(stream));
         };
         if constexpr (N == 8) {
             with_held<2, 4>(plan.held, run);

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <type_traits>
 
 #include "host.h"
@@ -314,19 +313,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr size_t EVERYWHERE = 92 << 10;  // bytes of dynamic shared memory that a block may have on any device
 
-// As many as the current device allows.
-inline size_t shared_limit() {
-#if defined(__CUDACC__)
-    int device = 0;
-    int bytes = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-    return size_t(bytes) - 4096;  // of which static shared memory and the driver take some
-#else
-    const char* const asked = std::getenv("MMFAST_EMULATED_SHARED");  // a test of smaller devices
-    return asked ? std::strtoull(asked, nullptr, 10) : 227 << 10;
-#endif
-}
+// As many as `device` allows beside static shared memory and what the driver takes.
+inline size_t dynamic_limit(int device) { return size_t(shared_limit(device)) - 4096; }
 
 // ---------------------------------------------------------------- the second reduction
 // Up to three tables of partial sums, one row a block of the first kernel, and where their sums go.

@@ -71,19 +71,6 @@ __device__ __forceinline__ Vec<T, N> load_vec_readonly(const T* p) {
     return out;
 }
 
-// Global memory that is read once: first to leave the cache.
-template <class T, int N = 16 / static_cast<int>(sizeof(T))>
-__device__ __forceinline__ Vec<T, N> load_vec_streaming(const T* p) {
-    using P = Pieces<T, N>;
-    check_aligned(p, P::bytes);
-    typename P::word words[P::count];
-#pragma unroll
-    for (int i = 0; i < P::count; ++i) words[i] = __ldcs(reinterpret_cast<const typename P::word*>(p) + i);
-    Vec<T, N> out;
-    memcpy(static_cast<void*>(&out), words, sizeof(out));
-    return out;
-}
-
 template <class T, int N>
 __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& value) {
     using P = Pieces<T, N>;
@@ -92,17 +79,6 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& value) {
     memcpy(words, &value, sizeof(value));
 #pragma unroll
     for (int i = 0; i < P::count; ++i) reinterpret_cast<typename P::word*>(p)[i] = words[i];
-}
-
-// Global memory that this kernel does not read again.
-template <class T, int N>
-__device__ __forceinline__ void store_vec_streaming(T* p, const Vec<T, N>& value) {
-    using P = Pieces<T, N>;
-    check_aligned(p, P::bytes);
-    typename P::word words[P::count];
-    memcpy(words, &value, sizeof(value));
-#pragma unroll
-    for (int i = 0; i < P::count; ++i) __stcs(reinterpret_cast<typename P::word*>(p) + i, words[i]);
 }
 
 // ---------------------------------------------------------------- one element

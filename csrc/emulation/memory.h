@@ -130,26 +130,6 @@ T __ldg(const T* p) {
 }
 
 template <class T>
-T __ldcs(const T* p) {
-    return *p;
-}
-
-template <class T>
-T __ldcg(const T* p) {
-    return *p;
-}
-
-template <class T>
-void __stwb(T* p, T value) {
-    *p = value;
-}
-
-template <class T>
-void __stcs(T* p, T value) {
-    *p = value;
-}
-
-template <class T>
 void __stcg(T* p, T value) {
     *p = value;
 }

@@ -12,7 +12,7 @@ __global__ void convert_kernel(const From* x, To* y, int64_t count) {
     if (at >= count) return;
     float values[N];
     to_floats(load_vec_readonly<From, N>(x + at), values);
-    store_vec_streaming(y + at, from_floats<To, N>(values));
+    store_vec(y + at, from_floats<To, N>(values));
 }
 
 // The same, one element a thread: y[i] = from_float(to_float(x[i]))

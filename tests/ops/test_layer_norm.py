@@ -42,7 +42,9 @@ def test_matches_the_reference(label: str, dtype: torch.dtype, backend: str, dev
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("shape", [(50, 1000), (13, 8192), (2, 8193), (70, 9000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(50, 1000), (13, 8192), (2, 8193), pytest.param((70, 9000), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.usefixtures("poisoned", "wide_sums")
 def test_many_rows_and_wide_rows(shape: tuple[int, int], device: torch.device) -> None:
     """More blocks of rows than programs, the widest register-resident row, and the kernels beyond it."""
